@@ -1,0 +1,152 @@
+"""What the daemon's answers look like in Python: frozen, typed, absent is None."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import datetime
+from enum import Enum
+from ipaddress import IPv4Address, IPv6Address
+
+
+class End(Enum):
+    """One of the two ends of a connection."""
+
+    CLIENT = "client"
+    SERVER = "server"
+
+
+class Basis(Enum):
+    """What an answer rests on: the asking socket itself, or addresses and ports alone."""
+
+    SOCKET = "socket"
+    TUPLE = "tuple"
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """An address and a port. A v4-mapped IPv6 address is held as the IPv4 address."""
+
+    address: IPv4Address | IPv6Address
+    port: int
+
+    def __str__(self) -> str:
+        host = f"[{self.address}]" if self.address.version == 6 else str(self.address)
+        return f"{host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Credentials:
+    """Credentials of a task when it called connect() or listen().
+
+    Numbers are those of the initial namespaces. ``None`` is unknown: the
+    kernel does not provide the field.
+    """
+
+    pid: int
+    """Thread group id, as SO_PEERCRED has it."""
+    uid: int
+    """Effective user id, as SO_PEERCRED has it."""
+    gid: int
+    """Effective group id, as SO_PEERCRED has it."""
+    tid: int | None = None
+    real_uid: int | None = None
+    real_gid: int | None = None
+    saved_uid: int | None = None
+    saved_gid: int | None = None
+    filesystem_uid: int | None = None
+    filesystem_gid: int | None = None
+    groups: tuple[int, ...] = ()
+    """Supplementary groups: the first 32 of `group_count`."""
+    group_count: int | None = None
+    groups_truncated: bool = False
+    process_start_time_ns: int | None = None
+    """Start of the process, ns since boot: tells a reused pid."""
+    comm: str | None = None
+    """Thread name, bytes that are no UTF-8 written as ``\\xNN``. Chosen by the process."""
+    effective_capabilities: int | None = None
+    """Bit N is capability number N of capabilities(7)."""
+    no_new_privs: bool | None = None
+    login_uid: int | None = None
+    """Audit login uid; None where none was set."""
+    audit_session_id: int | None = None
+    cgroup_id: int | None = None
+    pid_namespace: int | None = None
+    """Inode number, as in /proc/PID/ns/pid."""
+    user_namespace: int | None = None
+    network_namespace: int | None = None
+    time_ns: int | None = None
+    """When they were taken, ns since boot."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PeerCredentials(Credentials):
+    """Who is at the other end: the answer to a lookup."""
+
+    peer_end: End
+    """Which end these credentials are of: the one opposite to the asker."""
+    basis: Basis
+    server_socket_cookie: int
+    client_socket_cookie: int
+    netns_cookie: int
+    established_time_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Connection:
+    """One recorded connection, both ends."""
+
+    client_endpoint: Endpoint
+    server_endpoint: Endpoint
+    client: Credentials
+    """Who called connect()."""
+    listener: Credentials | None
+    """Who called listen(); None where the listener is older than the capture."""
+    server_socket_cookie: int
+    client_socket_cookie: int
+    listener_socket_cookie: int | None
+    netns_cookie: int
+    established_time_ns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """One BPF map of the capture, and how full it is."""
+
+    name: str
+    entries: int
+    max_entries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Drop:
+    """Something that was not recorded: how often, and why."""
+
+    reason: str
+    count: int
+    description: str
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One BPF program, and whether it is in its place now."""
+
+    program: str
+    attached: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Status:
+    """What the daemon says of itself."""
+
+    version: str
+    hook_set: str
+    kernel_release: str
+    cgroup: str
+    capture_start_time: datetime
+    capture_start_time_ns: int
+    tables: tuple[Table, ...]
+    drops: tuple[Drop, ...]
+    missing_fields: tuple[str, ...]
+    attachments: tuple[Attachment, ...]
+    daemon_pid: int
+    netns_cookie: int
