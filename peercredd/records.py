@@ -40,10 +40,10 @@ class Credentials(NamedTuple):
     tid: int
     uid: int
     gid: int
-    euid: int
-    egid: int
     suid: int
     sgid: int
+    euid: int
+    egid: int
     fsuid: int
     fsgid: int
     login_uid: int
@@ -80,6 +80,61 @@ UNSET_ID = 0xFFFFFFFF
 
 V4_MAPPED = bytes(10) + b"\xff\xff"
 
+PENDING_HEAD = struct.Struct("=QQI4x")
+"""``struct pending`` up to its credentials: published_ns, client_cookie, initial_sequence."""
+PENDING_SIZE = PENDING_HEAD.size + CREDENTIALS.size
+
+CONNECTION_HEAD = struct.Struct("=4Q")
+"""``struct connection``: established_ns, server_cookie, client_cookie, listener_cookie."""
+CONNECTION_TUPLE_OFFSET = CONNECTION_HEAD.size
+CONNECTION_ENDS = struct.Struct("=II")
+"""ends_gone, flags; behind the tuple."""
+CONNECTION_ENDS_OFFSET = CONNECTION_TUPLE_OFFSET + TUPLE.size
+CLIENT_OFFSET = CONNECTION_ENDS_OFFSET + CONNECTION_ENDS.size
+LISTENER_OFFSET = CLIENT_OFFSET + CREDENTIALS.size
+CONNECTION_SIZE = LISTENER_OFFSET + CREDENTIALS.size
+
+CLOSED_WITH_DESCRIPTOR = 1 << 0
+"""connection.flags: in TCP_CLOSE, and its owner can still ask. sock_diag lists it no more."""
+
+ABOUT_SIZE = 4096
+
+ABSENCES = {1: "RETIRED", 2: "TABLE_WAS_FULL", 3: "NEVER_SEEN"}
+"""Values of the map ``absences``, as reasons of the API."""
+
+DROPS = (
+    ("PENDING_FULL", "connect() calls with no room in the table of pending ones"),
+    ("CONNECTIONS_FULL", "connections with no room in the table of connections"),
+    ("INDEX_FULL", "connections with no room in an index of the table"),
+    ("NO_STORAGE", "sockets for which the kernel had no memory to keep credentials with"),
+    ("CREDENTIALS_UNREADABLE", "calls of a task whose credentials could not be read"),
+    ("DEFERRED_UNKNOWN", "deferred Fast Open connections whose connect() was not seen"),
+    ("KERNEL_THREAD", "connections made by the kernel itself, with no user behind them"),
+    ("OTHER_SYN", "server sockets born of another SYN than the one recorded for the tuple"),
+    ("OVERTAKEN", "connections whose client vanished while its record was being written"),
+)
+"""``enum drop`` from 1 on: name, and what was dropped."""
+
+_MASK = (1 << 64) - 1
+_TUPLE_SCOPE = 1 << 63
+_WORDS = struct.Struct("=6Q")
+_ABSENCE_KEY = struct.Struct("=QQ")
+
+
+def absence_key_of_cookie(cookie: int) -> bytes:
+    """``struct absence_key`` for a socket."""
+    return _ABSENCE_KEY.pack(cookie, 0)
+
+
+def absence_key_of_tuple(key: bytes) -> bytes:
+    """``struct absence_key`` for a packed ``struct tuple``: tuple_absence() in bpf/core.h."""
+    words: tuple[int, ...] = _WORDS.unpack(key)
+    subject = 0
+    for word in words:
+        subject = (subject ^ word) * 0x9E3779B97F4A7C15 & _MASK
+        subject ^= subject >> 32
+    return _ABSENCE_KEY.pack(subject, words[0] | _TUPLE_SCOPE)
+
 
 @dataclass(frozen=True, slots=True)
 class Connection:
@@ -93,3 +148,24 @@ class Connection:
     established_time_ns: int
     client: Credentials
     listener: Credentials | None
+
+
+def credentials(data: bytes, offset: int) -> Credentials:
+    """Decode a ``struct credentials`` that starts at `offset`."""
+    return Credentials._make(CREDENTIALS.unpack_from(data, offset))
+
+
+def connection(data: bytes) -> Connection | None:
+    """Decode a ``struct connection``; None while the kernel is still writing it."""
+    established, server, client, listener = CONNECTION_HEAD.unpack_from(data)
+    if not established:
+        return None
+    return Connection(
+        tuple=Tuple._make(TUPLE.unpack_from(data, CONNECTION_TUPLE_OFFSET)),
+        server_socket_cookie=server,
+        client_socket_cookie=client,
+        listener_socket_cookie=listener,
+        established_time_ns=established,
+        client=credentials(data, CLIENT_OFFSET),
+        listener=credentials(data, LISTENER_OFFSET) if listener else None,
+    )

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+import os
+import socket
+import struct
+import sys
+from contextlib import ExitStack
 from enum import Enum
+from pathlib import Path
 from typing import NamedTuple
 
+from peercredd import pins, records
+from peercredd.libbpf import KernelError, Map, get_pinned, link_cgroup_id
 from peercredd.records import Connection, Credentials, Tuple
+
+_COOKIE = struct.Struct("=Q")
+_DROP_COUNT = struct.Struct("=Q")
+_SO_NETNS_COOKIE = 71
+_RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 
 
 class Reason(Enum):
@@ -32,18 +45,24 @@ class Answer(NamedTuple):
 
 
 class Table(NamedTuple):
+    """A map of the capture, and how full it is."""
+
     name: str
     entries: int
     max_entries: int
 
 
 class Drop(NamedTuple):
+    """What was not recorded, and how often."""
+
     reason: str
-    count: int
+    occurrences: int
     description: str
 
 
 class StoreStatus(NamedTuple):
+    """What the capture says of itself."""
+
     hook_set: str
     cgroup: str
     capture_start_time_ns: int
@@ -53,15 +72,167 @@ class StoreStatus(NamedTuple):
 
 
 class Store:
-    """The pinned maps of a running capture."""
+    """The pinned maps of a running capture, opened read-only.
+
+    Safe to use from several threads. While it is open the attachments stay,
+    even if somebody removes their pins.
+    """
 
     own_netns_cookie: int
+    """SO_NETNS_COOKIE of the network namespace that this process is in."""
 
-    def find_by_socket(self, cookie: int) -> Answer | Reason: ...
+    def __init__(self, pin_dir: Path) -> None:
+        """Open the capture in `pin_dir`.
+
+        Raises:
+            KernelError: there is none, or it may not be opened.
+        """
+        capture = pin_dir / pins.CAPTURE
+        self._resources = ExitStack()
+        try:
+            self._connections = self._open(capture, "connections")
+            self._by_tuple = self._open(capture, "by_tuple")
+            self._by_client = self._open(capture, "by_client")
+            self._absences = self._open(capture, "absences")
+            self._older = self._open(capture, "older")
+            self._drops = self._open(capture, "drops")
+            self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
+            self._links = {}
+            for pinned in sorted((capture / pins.LINKS).iterdir()):
+                self._links[pinned.name] = get_pinned(pinned)
+                self._resources.callback(os.close, self._links[pinned.name])
+            text = self._open(capture, "about").lookup(bytes(4)) or b""
+        except BaseException:
+            self.close()
+            raise
+        self._about = json.loads(text.rstrip(b"\0"))
+        self.own_netns_cookie = _own_netns_cookie()
+
+    def close(self) -> None:
+        """Close all maps and links; the capture goes on as long as it is pinned."""
+        self._resources.close()
+
+    def find_by_socket(self, cookie: int) -> Answer | Reason:
+        """The peer of the socket with this cookie, which may be either end."""
+        key = _COOKIE.pack(cookie)
+        data = self._connections.lookup(key)
+        if data and (answer := _answer(data, asker_is_server=True)):
+            return answer
+        server = self._by_client.lookup(key)
+        if server and (data := self._connections.lookup(server)):
+            answer = _answer(data, asker_is_server=False)
+            if answer is None:
+                return Reason.OLDER_THAN_CAPTURE
+            if answer.client_socket_cookie == cookie:
+                return answer
+        return self._absence(records.absence_key_of_cookie(cookie))
+
     def find_by_tuple(
         self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
-    ) -> Answer | Reason: ...
-    def server_cookies(self) -> list[int]: ...
-    def connection(self, server_cookie: int) -> Connection | None: ...
-    def status(self) -> StoreStatus: ...
-    def attachments(self) -> dict[str, bool]: ...
+    ) -> Answer | Reason:
+        """The peer in the newest connection that has this tuple.
+
+        Args:
+            netns_cookie: of the network namespace that both ends are in.
+            local: address of the asking end, 16 bytes, IPv4 as v4-mapped IPv6.
+            local_port: of the asking end, host byte order.
+            remote: address of the other end.
+            remote_port: of the other end.
+        """
+        pack = records.TUPLE.pack
+        as_server = pack(netns_cookie, remote, local, remote_port, local_port)
+        as_client = pack(netns_cookie, local, remote, local_port, remote_port)
+        for key, asker_is_server in ((as_server, True), (as_client, False)):
+            if data := self._newest(key):
+                return _answer(data, asker_is_server) or Reason.OLDER_THAN_CAPTURE
+        reason = self._absence(records.absence_key_of_tuple(as_server))
+        if reason is Reason.NEVER_SEEN:
+            reason = self._absence(records.absence_key_of_tuple(as_client))
+        return reason
+
+    def server_cookies(self) -> list[int]:
+        """The cookies of all server sockets that have a record now."""
+        return [_COOKIE.unpack(key)[0] for key in self._connections.keys()]  # noqa: SIM118
+
+    def connection(self, server_cookie: int) -> Connection | None:
+        """The record of one server socket, if it has one."""
+        data = self._connections.lookup(_COOKIE.pack(server_cookie))
+        return records.connection(data) if data else None
+
+    def status(self) -> StoreStatus:
+        """The state of the capture now; counting the tables takes milliseconds."""
+        return StoreStatus(
+            hook_set=self._about["hook_set"],
+            cgroup=self._about["cgroup"],
+            capture_start_time_ns=self._about["started_ns"],
+            tables=tuple(
+                Table(name, table.count(), table.max_entries)
+                for name, table in self._tables.items()
+            ),
+            drops=tuple(
+                Drop(name, self._drop_count(index), description)
+                for index, (name, description) in enumerate(records.DROPS, 1)
+            ),
+            missing_fields=tuple(self._about["missing_fields"]),
+        )
+
+    def attachments(self) -> dict[str, bool]:
+        """Each BPF program, and whether it is attached to its cgroup at this moment."""
+        return {name: _is_attached(link) for name, link in self._links.items()}
+
+    def _open(self, capture: Path, name: str) -> Map:
+        opened = Map.open(capture / pins.MAPS / name)
+        self._resources.callback(opened.close)
+        return opened
+
+    def _newest(self, key: bytes) -> bytes | None:
+        """The record that the tuple's index points to, if it is still of that tuple."""
+        server = self._by_tuple.lookup(key)
+        data = self._connections.lookup(server) if server else None
+        start = records.CONNECTION_TUPLE_OFFSET
+        if data and data[start : start + records.TUPLE.size] == key and any(data[:8]):
+            return data
+        return None
+
+    def _absence(self, key: bytes) -> Reason:
+        if value := self._absences.lookup(key):
+            return Reason(records.ABSENCES[int.from_bytes(value, sys.byteorder)])
+        if self._older.lookup(key):
+            return Reason.OLDER_THAN_CAPTURE
+        return Reason.NEVER_SEEN
+
+    def _drop_count(self, index: int) -> int:
+        value = self._drops.lookup(index.to_bytes(4, sys.byteorder))
+        if value is None:
+            raise KernelError(0, f"the drop counter {index} is missing from the capture")
+        return int(_DROP_COUNT.unpack(value)[0])
+
+
+def _answer(data: bytes, asker_is_server: bool) -> Answer | None:
+    """None if the record is not complete, or nothing is known of that peer."""
+    established, server, client, listener = records.CONNECTION_HEAD.unpack_from(data)
+    if not established or not (asker_is_server or listener):
+        return None
+    return Answer(
+        records.credentials(
+            data, records.CLIENT_OFFSET if asker_is_server else records.LISTENER_OFFSET
+        ),
+        asker_is_server,
+        Tuple._make(records.TUPLE.unpack_from(data, records.CONNECTION_TUPLE_OFFSET)),
+        server,
+        client,
+        established,
+    )
+
+
+def _is_attached(link: int) -> bool:
+    try:
+        return link_cgroup_id(link) != 0
+    except KernelError:
+        return False
+
+
+def _own_netns_cookie() -> int:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anchor:
+        cookie = anchor.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE.size)
+    return int(_COOKIE.unpack(cookie)[0])

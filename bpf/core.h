@@ -1,0 +1,380 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only
+ *
+ * One function per moment in the life of a connection. A hook set calls them with
+ * what it gets out of its context:
+ *
+ *   socket   address of the struct tcp_sock (u64), known to the verifier
+ *   storage  what the hook's bpf_sk_storage_get() takes for that socket
+ *   cookie   the socket's cookie
+ *
+ * listen, connect, publish and establish run before user space can see their
+ * effect; closed and release run when a socket has no more to say.
+ */
+
+#define TCP_ESTABLISHED_STATE 1
+#define TCP_SYN_SENT_STATE 2
+#define TCP_SYN_RECV_STATE 3
+#define TCP_FIN_WAIT1_STATE 4
+#define TCP_CLOSE_STATE 7
+#define TCP_CLOSE_WAIT_STATE 8
+#define TCP_LAST_ACK_STATE 9
+
+static __always_inline void count_drop(enum drop reason)
+{
+    int index = reason;
+    u64 *count = drops.lookup(&index);
+    if (count)
+        __sync_fetch_and_add(count, 1);
+}
+
+/* ---- tuples ---- */
+
+static __always_inline void read_address(u32 to[4], u64 socket, bool local)
+{
+    if (TRUSTED(u16, socket, sock_family) == AF_INET6) {
+        u64 from = local ? OFFSET_sock_v6_rcv_saddr : OFFSET_sock_v6_daddr;
+        read_kernel(to, 16, socket + from);
+    } else {
+        to[0] = to[1] = 0;
+        to[2] = bpf_htonl(0xffff);
+        to[3] = local ? TRUSTED(u32, socket, sock_rcv_saddr) : TRUSTED(u32, socket, sock_daddr);
+    }
+}
+
+/* The tuple of a socket that is the client (or the server) of its connection.
+ * `to` is zeroed by the caller. */
+static __always_inline void read_tuple(u64 socket, bool is_client, struct tuple *to)
+{
+    u64 net = TRUSTED(u64, socket, sock_net);
+    u16 local = TRUSTED(u16, socket, sock_num);
+    u16 remote = bpf_ntohs(TRUSTED(u16, socket, sock_dport));
+
+    to->netns_cookie = TRUSTED(u64, net, net_cookie);
+    read_address(to->client_address, socket, is_client);
+    read_address(to->server_address, socket, !is_client);
+    to->client_port = is_client ? local : remote;
+    to->server_port = is_client ? remote : local;
+}
+
+/* Local is what the kernel routes over a loopback device: 127/8, ::1 and the
+ * host's own addresses, and nothing else. */
+static __always_inline bool is_local(u64 socket)
+{
+    u64 destination = TRUSTED(u64, socket, sock_dst_cache);
+    if (!destination)
+        return false;
+    u64 device = TRUSTED(u64, destination, dst_dev);
+    return device && TRUSTED(u32, device, net_device_flags) & IFF_LOOPBACK;
+}
+
+/* ---- why there is no record ---- */
+
+static __always_inline struct absence_key tuple_absence(struct tuple *tuple)
+{
+    u64 *words = (u64 *)tuple;
+    struct absence_key key = {.scope = tuple->netns_cookie | TUPLE_SCOPE};
+#pragma unroll
+    for (int i = 0; i < sizeof(*tuple) / sizeof(u64); i++) {
+        key.subject = (key.subject ^ words[i]) * 0x9e3779b97f4a7c15ULL;
+        key.subject ^= key.subject >> 32;
+    }
+    return key;
+}
+
+static __always_inline void note_absence(u64 cookie, struct tuple *tuple, u32 reason)
+{
+    struct absence_key by_cookie = {.subject = cookie};
+    struct absence_key by_addresses = tuple_absence(tuple);
+    absences.update(&by_cookie, &reason);
+    absences.update(&by_addresses, &reason);
+}
+
+static __always_inline void drop_record(enum drop reason, u64 cookie, struct tuple *tuple)
+{
+    count_drop(reason);
+    note_absence(cookie, tuple,
+                 reason == DROP_PENDING_FULL || reason == DROP_CONNECTIONS_FULL ||
+                         reason == DROP_INDEX_FULL
+                     ? ABSENT_TABLE_WAS_FULL
+                     : ABSENT_NOT_RECORDED);
+}
+
+/* ---- retire ---- */
+
+static __always_inline void forget(u64 server_cookie, struct connection *record)
+{
+    struct tuple tuple = record->tuple;
+    note_absence(server_cookie, &tuple, ABSENT_RETIRED);
+    /* A newer connection of the same tuple owns the index now. Should it take it
+     * over between these two calls, it loses the index, not its record: its own
+     * cookie still finds it, and the sweeper mends the index. */
+    u64 *newest = by_tuple.lookup(&tuple);
+    if (newest && *newest == server_cookie)
+        by_tuple.delete(&tuple);
+    connections.delete(&server_cookie);
+}
+
+/* Each end of a connection counts itself once; the later of the two retires it. */
+static __always_inline void end_gone(u64 server_cookie)
+{
+    struct connection *record = connections.lookup(&server_cookie);
+    if (!record)
+        return;
+    __sync_fetch_and_add(&record->ends_gone, 1);
+    if (record->ends_gone >= 2)
+        forget(server_cookie, record);
+}
+
+static __always_inline void server_end_gone(struct server_socket *server, u64 cookie)
+{
+    if (server->gone)
+        return;
+    server->gone = 1;
+    end_gone(cookie);
+}
+
+static __always_inline void client_end_gone(u64 cookie)
+{
+    u64 *found = by_client.lookup(&cookie);
+    if (!found)
+        return;
+    u64 server_cookie = *found;
+    /* Only one of several that close the same socket at once succeeds here. */
+    if (by_client.delete(&cookie) == 0)
+        end_gone(server_cookie);
+}
+
+/* The last descriptor of a socket goes: its owner can not ask any more. */
+static __always_inline void release(void *storage, u64 cookie)
+{
+    struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
+    if (server && server->role == ROLE_CHILD)
+        server_end_gone(server, cookie);
+    client_end_gone(cookie);
+}
+
+/* A socket may be disconnected (connect() with AF_UNSPEC) and used again, by
+ * anybody, in any role: what it carried before is not the next user's. */
+static __always_inline void wipe(void *storage, u64 cookie)
+{
+    release(storage, cookie);
+    server_sockets.sk_storage_delete(storage);
+}
+
+/* Whether a socket reached TCP_CLOSE because its owner disconnected it. What the
+ * peer or the protocol does from these states sets sk_err first (tcp_reset() in
+ * net/ipv4/tcp_input.c, tcp_write_err() in tcp_timer.c, tcp_abort() in tcp.c);
+ * tcp_disconnect() changes the state before it sets anything. */
+static __always_inline bool was_disconnected(u64 socket, u32 old_state)
+{
+    return (old_state == TCP_ESTABLISHED_STATE || old_state == TCP_CLOSE_WAIT_STATE ||
+            old_state == TCP_FIN_WAIT1_STATE || old_state == TCP_SYN_RECV_STATE) &&
+           TRUSTED(u32, socket, sock_err) == 0;
+}
+
+/* A pending connect() that can not have a server socket any more, or that had one
+ * where nobody captures. If the server has acknowledged no more than the SYN, its
+ * socket may be born yet (our last ACK may be in a queue): the sweeper decides. */
+static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)
+{
+    struct tuple tuple = {};
+    read_tuple(socket, true, &tuple);
+    struct pending *entry = pending.lookup(&tuple);
+    if (!entry || entry->client_cookie != cookie)
+        return;
+    u32 acknowledged = TRUSTED(u32, socket, tcp_snd_una) - entry->initial_sequence;
+    if (old_state == TCP_SYN_SENT_STATE || old_state >= TCP_CLOSE_WAIT_STATE || acknowledged > 1)
+        pending.delete(&tuple);
+}
+
+/* A socket reaches TCP_CLOSE. If a descriptor is left its owner can still ask: after
+ * a reset, unread data is still there and AF_UNIX still names the peer. */
+static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 old_state)
+{
+    struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
+    bool over = TRUSTED(u64, socket, sock_socket) == 0 || was_disconnected(socket, old_state);
+
+    if (server && server->role == ROLE_CHILD) {
+        if (over) {
+            server_end_gone(server, cookie);
+        } else {
+            struct connection *record = connections.lookup(&cookie);
+            if (record)
+                record->flags |= CLOSED_WITH_DESCRIPTOR;
+        }
+    } else {
+        drop_pending(socket, cookie, old_state);
+    }
+    if (over)
+        client_end_gone(cookie);
+}
+
+/* ---- listen ---- */
+
+static __always_inline void listen(void *storage, u64 cookie)
+{
+    struct server_socket server = {.role = ROLE_LISTENER, .listener_cookie = cookie};
+
+    wipe(storage, cookie);
+    enum drop reason = read_credentials(&server.listener);
+    if (reason != DROP_NONE) {
+        count_drop(reason);
+        return;
+    }
+    if (!server_sockets.sk_storage_get(storage, &server, BPF_SK_STORAGE_GET_F_CREATE))
+        count_drop(DROP_NO_STORAGE);
+}
+
+/* ---- connect ---- */
+
+/* Credentials are kept from here to publish only for a socket whose SYN may
+ * leave in another task's name: its first write() after a deferred Fast Open. */
+static __always_inline void connect(u64 socket, void *storage)
+{
+    connecting.sk_storage_delete(storage);
+    if (!(TRUSTED(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect))
+        return;
+    struct credentials client = {};
+    enum drop reason = read_credentials(&client);
+    if (reason != DROP_NONE)
+        count_drop(reason);
+    else if (!connecting.sk_storage_get(storage, &client, BPF_SK_STORAGE_GET_F_CREATE))
+        count_drop(DROP_NO_STORAGE);
+}
+
+/* ---- publish ---- */
+
+/* The SYN is about to leave; the server may accept before connect() returns. True if
+ * the connection was recorded: `closed` must see this socket then. */
+static __always_inline bool publish(u64 socket, void *storage, u64 cookie)
+{
+    struct tuple tuple = {};
+    struct pending entry = {};
+
+    wipe(storage, cookie);
+    if (!is_local(socket))
+        return false;
+
+    read_tuple(socket, true, &tuple);
+    entry.published_ns = boot_time_ns();
+    entry.client_cookie = cookie;
+    entry.initial_sequence = TRUSTED(u32, socket, tcp_write_seq);
+
+    enum drop reason = DROP_NONE;
+    if (TRUSTED(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect) {
+        struct credentials *stash = connecting.sk_storage_get(storage, 0, 0);
+        if (stash)
+            entry.client = *stash;
+        else
+            reason = DROP_DEFERRED_UNKNOWN;
+    } else {
+        reason = read_credentials(&entry.client);
+    }
+    if (reason == DROP_NONE && pending.update(&tuple, &entry) != 0)
+        reason = DROP_PENDING_FULL;
+    if (reason == DROP_NONE)
+        return true;
+    /* What an earlier connect() of the same tuple left must not answer for this. */
+    pending.delete(&tuple);
+    drop_record(reason, cookie, &tuple);
+    return false;
+}
+
+/* ---- establish ---- */
+
+/* A child without a pending connect(): its client is not captured, or was dropped
+ * at publish, and then the child inherits the reason. */
+static __always_inline void inherit_absence(u64 server_cookie, struct tuple *tuple)
+{
+    struct absence_key by_addresses = tuple_absence(tuple);
+    u32 *reason = absences.lookup(&by_addresses);
+    if (!reason || *reason == ABSENT_RETIRED)
+        return;
+    struct absence_key by_cookie = {.subject = server_cookie};
+    u32 copy = *reason;
+    absences.update(&by_cookie, &copy);
+}
+
+/* Fills the record of a new server socket, all but the time that makes it valid.
+ * DROP_NONE, or why it must go again. */
+static __always_inline enum drop fill(struct connection *record, struct pending *entry,
+                                      struct server_socket *server, struct tuple *tuple,
+                                      u64 server_cookie)
+{
+    u64 published_ns = entry->published_ns;
+    u64 client_cookie = entry->client_cookie;
+
+    record->server_cookie = server_cookie;
+    record->client_cookie = client_cookie;
+    record->tuple = *tuple;
+    record->client = entry->client;
+    if (server->role == ROLE_LISTENER) {
+        record->listener_cookie = server->listener_cookie;
+        record->listener = server->listener;
+    }
+    /* The entry may have been deleted and its memory used again while it was
+     * copied. If the same connect() is still there, it was not. */
+    entry = pending.lookup(tuple);
+    if (!entry || entry->published_ns != published_ns || entry->client_cookie != client_cookie)
+        return DROP_OVERTAKEN;
+    if (by_client.update(&client_cookie, &server_cookie) != 0)
+        return DROP_INDEX_FULL;
+    if (by_tuple.update(tuple, &server_cookie) != 0) {
+        by_client.delete(&client_cookie);
+        return DROP_INDEX_FULL;
+    }
+    return DROP_NONE;
+}
+
+/* A server socket is born; nobody has a descriptor of it yet, or will have before
+ * this returns (accept() takes the lock that is held here). True if recorded. */
+static __always_inline bool establish(u64 socket, void *storage, u64 server_cookie)
+{
+    struct tuple tuple = {};
+    int zero = 0;
+
+    read_tuple(socket, false, &tuple);
+    struct pending *entry = pending.lookup(&tuple);
+    if (!entry) {
+        inherit_absence(server_cookie, &tuple);
+        return false;
+    }
+    if (entry->initial_sequence + 1 != TRUSTED(u32, socket, tcp_rcv_nxt)) {
+        drop_record(DROP_OTHER_SYN, server_cookie, &tuple);
+        return false;
+    }
+
+    enum drop reason;
+    struct connection *empty = empty_connection.lookup(&zero);
+    struct server_socket *server =
+        server_sockets.sk_storage_get(storage, 0, BPF_SK_STORAGE_GET_F_CREATE);
+    if (!empty || !server) {
+        reason = DROP_NO_STORAGE;
+        goto dropped;
+    }
+    if (connections.update(&server_cookie, empty) != 0) {
+        reason = DROP_CONNECTIONS_FULL;
+        goto dropped;
+    }
+    struct connection *record = connections.lookup(&server_cookie);
+    if (!record) {
+        reason = DROP_OVERTAKEN;
+        goto dropped;
+    }
+    reason = fill(record, entry, server, &tuple, server_cookie);
+    if (reason != DROP_NONE) {
+        connections.delete(&server_cookie);
+        goto dropped;
+    }
+    server->role = ROLE_CHILD;
+    server->gone = 0;
+    /* An atomic operation, so that it is not moved before what it vouches for. */
+    __sync_fetch_and_add(&record->established_ns, boot_time_ns());
+    pending.delete(&tuple);
+    return true;
+
+dropped:
+    pending.delete(&tuple);
+    drop_record(reason, server_cookie, &tuple);
+    return false;
+}

@@ -1,0 +1,1 @@
+/* BCC's helpers.h includes it and uses nothing of it. */

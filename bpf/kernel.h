@@ -1,0 +1,29 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only
+ *
+ * Reading the kernel's structs without its headers. The OFFSET_* macros are
+ * written by peercredd/loader.py from the running kernel's BTF.
+ *
+ * Kernel addresses travel as u64: a pointer would be taken by BCC for one that it
+ * has to rewrite.
+ */
+
+#define AF_INET 2
+#define AF_INET6 10
+#define IPPROTO_TCP 6
+#define SOCK_STREAM 1
+#define IFF_LOOPBACK (1U << 3)  /* net_device.flags */
+#define PF_KTHREAD 0x00200000U  /* task_struct.flags */
+#define PFA_NO_NEW_PRIVS 1U     /* bit 0 of task_struct.atomic_flags */
+
+/* BCC's own declaration returns 32 bits of the cookie. */
+static u64 (*socket_cookie_of)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
+static void *(*tcp_sock_of)(void *socket) = (void *)BPF_FUNC_skc_to_tcp_sock;
+static u64 (*boot_time_ns)(void) = (void *)BPF_FUNC_ktime_get_boot_ns;
+static u64 (*current_task)(void) = (void *)BPF_FUNC_get_current_task;
+static long (*read_kernel)(void *to, u32 size, u64 from) = (void *)BPF_FUNC_probe_read_kernel;
+
+/* A member of a struct that the verifier knows (a socket and what hangs on it). */
+#define TRUSTED(type, address, member) (*(type *)((address) + OFFSET_##member))
+
+/* A member of any other struct; 0 on success. */
+#define READ(to, address, member) read_kernel(&(to), sizeof(to), (address) + OFFSET_##member)

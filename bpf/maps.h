@@ -1,0 +1,45 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only
+ *
+ * The maps. Hash tables are not preallocated: an idle host pays for no more
+ * than the buckets. Nothing here evicts a live record: a full table drops the
+ * new one and counts it. MAX_PENDING and MAX_CONNECTIONS come from the loader.
+ */
+
+BPF_F_TABLE("hash", struct tuple, struct pending, pending, MAX_PENDING, BPF_F_NO_PREALLOC);
+
+/* Server socket's cookie to its record, and the two ways to find that cookie. */
+BPF_F_TABLE("hash", u64, struct connection, connections, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct tuple, u64, by_tuple, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", u64, u64, by_client, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+
+/* Why there is no record: the newest reasons. Older ones fade to "never seen". */
+BPF_F_TABLE("lru_hash", struct absence_key, u32, absences, MAX_ABSENCES, 0);
+
+/* Connections found by the loader that are older than the capture. */
+BPF_F_TABLE("hash", struct absence_key, u32, older, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+
+BPF_F_TABLE("array", int, u64, drops, DROP_COUNT, 0);
+
+/* An all-zero record, too large for the stack, to insert before filling in. */
+BPF_F_TABLE("array", int, struct connection, empty_connection, 1, 0);
+
+/* What the loader says of this capture, as JSON. */
+BPF_F_TABLE("array", int, struct about, about, 1, 0);
+
+/* BCC's BPF_SK_STORAGE has no way to ask for BPF_F_CLONE. */
+#define SOCKET_STORAGE(name, value_type, map_flags)                                   \
+    struct name##_table_t {                                                           \
+        int key;                                                                      \
+        value_type leaf;                                                              \
+        void *(*sk_storage_get)(void *, void *, int);                                 \
+        int (*sk_storage_delete)(void *);                                             \
+        u32 flags;                                                                    \
+    };                                                                                \
+    __attribute__((section("maps/sk_storage"))) struct name##_table_t name = {        \
+        .flags = BPF_F_NO_PREALLOC | (map_flags)};                                    \
+    BPF_ANNOTATE_KV_PAIR(name, int, value_type)
+
+SOCKET_STORAGE(server_sockets, struct server_socket, BPF_F_CLONE);
+
+/* Credentials of a connect() whose SYN leaves later (deferred Fast Open). */
+SOCKET_STORAGE(connecting, struct credentials, 0);

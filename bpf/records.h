@@ -1,0 +1,137 @@
+/* SPDX-License-Identifier: MIT OR GPL-2.0-only
+ *
+ * What is written down. User space decodes these structs in
+ * peercredd/records.py; tests/kernel/test_layout.py compares every offset with
+ * what BCC compiled. Members are ordered so that no compiler pads: what padding
+ * there is has a name, because map keys are compared byte by byte.
+ */
+
+#define MAX_GROUPS 32
+#define COMM_LENGTH 16
+
+/* credentials.known: which optional fields this kernel provided. */
+#define HAS_NO_NEW_PRIVS (1U << 0)
+#define HAS_LOGIN_UID (1U << 1)
+#define HAS_AUDIT_SESSION_ID (1U << 2)
+#define HAS_CGROUP_ID (1U << 3)
+#define HAS_PID_NAMESPACE (1U << 4)
+#define HAS_USER_NAMESPACE (1U << 5)
+#define HAS_NETWORK_NAMESPACE (1U << 6)
+#define HAS_START_TIME (1U << 7)
+#define HAS_CAPABILITIES (1U << 8)
+#define HAS_GROUPS (1U << 9)
+/* The value of no_new_privs itself. */
+#define NO_NEW_PRIVS (1U << 16)
+
+/* A task's credentials at one moment. Ids are those of the initial namespaces. */
+struct credentials {
+    u64 time_ns; /* since boot, as are all times here */
+    u64 process_start_time_ns;
+    u64 effective_capabilities;
+    u64 cgroup_id;
+    u32 tgid;
+    u32 tid;
+    u32 uid;
+    u32 gid;
+    u32 suid;
+    u32 sgid;
+    u32 euid;
+    u32 egid;
+    u32 fsuid;
+    u32 fsgid;
+    u32 login_uid;
+    u32 audit_session_id;
+    u32 pid_namespace;
+    u32 user_namespace;
+    u32 network_namespace;
+    u32 known;
+    u32 group_count;
+    char comm[COMM_LENGTH];
+    u32 groups[MAX_GROUPS];
+    u32 padding;
+};
+
+/* A connection's addresses, seen from neither end: client and server, IPv4 as
+ * v4-mapped IPv6, ports in host byte order. A map key. */
+struct tuple {
+    u64 netns_cookie;
+    u32 client_address[4];
+    u32 server_address[4];
+    u16 client_port;
+    u16 server_port;
+    u32 padding;
+};
+
+/* A connect() whose SYN is about to leave, or has left, and whose server socket
+ * is not born yet. */
+struct pending {
+    u64 published_ns;
+    u64 client_cookie;
+    /* The SYN's sequence number. A server socket born of another SYN with the
+     * same tuple is not this client's. */
+    u32 initial_sequence;
+    u32 padding;
+    struct credentials client;
+};
+
+/* connection.flags */
+#define CLOSED_WITH_DESCRIPTOR (1U << 0) /* in TCP_CLOSE, its owner can still ask */
+
+/* An established connection. */
+struct connection {
+    /* Written last: a record in which it is 0 is not complete. */
+    u64 established_ns;
+    u64 server_cookie;
+    u64 client_cookie;
+    u64 listener_cookie; /* 0: the listener is older than the capture */
+    struct tuple tuple;
+    u32 ends_gone; /* at 2 nobody can ask any more */
+    u32 flags;
+    struct credentials client;
+    struct credentials listener;
+};
+
+/* Storage on a listening socket, cloned by the kernel to each child. */
+struct server_socket {
+    u32 role;
+    u32 gone; /* the server end was counted in connection.ends_gone */
+    u64 listener_cookie;
+    struct credentials listener;
+};
+
+#define ROLE_NONE 0
+#define ROLE_LISTENER 1
+#define ROLE_CHILD 2
+
+/* Why a connection has no record; the key is a socket's cookie and 0, or a hash
+ * of the tuple and its network namespace's cookie with the top bit set. Collisions cost
+ * a reason, never an answer. */
+struct absence_key {
+    u64 subject;
+    u64 scope;
+};
+
+#define TUPLE_SCOPE (1ULL << 63)
+
+#define ABSENT_RETIRED 1
+#define ABSENT_TABLE_WAS_FULL 2
+#define ABSENT_NOT_RECORDED 3
+
+struct about {
+    char json[4096];
+};
+
+/* Indexes of the drop counters; peercredd/records.py describes each. */
+enum drop {
+    DROP_NONE,
+    DROP_PENDING_FULL,
+    DROP_CONNECTIONS_FULL,
+    DROP_INDEX_FULL,
+    DROP_NO_STORAGE,
+    DROP_CREDENTIALS_UNREADABLE,
+    DROP_DEFERRED_UNKNOWN,
+    DROP_KERNEL_THREAD,
+    DROP_OTHER_SYN,
+    DROP_OVERTAKEN,
+    DROP_COUNT,
+};

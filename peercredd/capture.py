@@ -1,0 +1,271 @@
+"""The BPF programs: compiled by BCC for the running kernel, without its headers.
+
+Only the loader imports this module: BCC brings LLVM into the process.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peercredd.btf import KernelTypes, MemberMissing
+from peercredd.libbpf import KernelError
+
+REQUIRED = {
+    "sock_family": "sock.__sk_common.skc_family",
+    "sock_rcv_saddr": "sock.__sk_common.skc_rcv_saddr",
+    "sock_daddr": "sock.__sk_common.skc_daddr",
+    "sock_v6_rcv_saddr": "sock.__sk_common.skc_v6_rcv_saddr",
+    "sock_v6_daddr": "sock.__sk_common.skc_v6_daddr",
+    "sock_num": "sock.__sk_common.skc_num",
+    "sock_dport": "sock.__sk_common.skc_dport",
+    "sock_net": "sock.__sk_common.skc_net.net",
+    "sock_dst_cache": "sock.sk_dst_cache",
+    "sock_socket": "sock.sk_socket",
+    "sock_err": "sock.sk_err",
+    "tcp_write_seq": "tcp_sock.write_seq",
+    "tcp_rcv_nxt": "tcp_sock.rcv_nxt",
+    "tcp_snd_una": "tcp_sock.snd_una",
+    "dst_dev": "dst_entry.dev",
+    "net_device_flags": "net_device.flags",
+    "net_cookie": "net.net_cookie",
+    "task_cred": "task_struct.cred",
+    "task_tgid": "task_struct.tgid",
+    "task_pid": "task_struct.pid",
+    "task_comm": "task_struct.comm",
+    "task_flags": "task_struct.flags",
+    "task_group_leader": "task_struct.group_leader",
+    "cred_uid": "cred.uid",
+    "cred_gid": "cred.gid",
+    "cred_suid": "cred.suid",
+    "cred_sgid": "cred.sgid",
+    "cred_euid": "cred.euid",
+    "cred_egid": "cred.egid",
+    "cred_fsuid": "cred.fsuid",
+    "cred_fsgid": "cred.fsgid",
+    "cred_group_info": "cred.group_info",
+    "group_info_ngroups": "group_info.ngroups",
+    "group_info_gid": "group_info.gid",
+}
+"""What no answer can do without: macro name to member. An absent one is an error."""
+
+BITFIELDS = {"tcp_fastopen_connect": "tcp_sock.fastopen_connect"}
+"""Required too; the compiler gets a byte offset and a mask."""
+
+OPTIONAL = {
+    "process_start_time_ns": {"task_start_boottime": "task_struct.start_boottime"},
+    "effective_capabilities": {"cred_cap_effective": "cred.cap_effective"},
+    "no_new_privs": {"task_atomic_flags": "task_struct.atomic_flags"},
+    "login_uid": {"task_loginuid": "task_struct.loginuid"},
+    "audit_session_id": {"task_sessionid": "task_struct.sessionid"},
+    "cgroup_id": {
+        "task_cgroups": "task_struct.cgroups",
+        "css_set_dfl_cgrp": "css_set.dfl_cgrp",
+        "cgroup_kn": "cgroup.kn",
+        "kernfs_node_id": "kernfs_node.id",
+    },
+    "pid_namespace": {
+        "task_thread_pid": "task_struct.thread_pid",
+        "pid_level": "pid.level",
+        "pid_numbers": "pid.numbers",
+        "upid_ns": "upid.ns",
+        "pid_namespace_inum": "pid_namespace.ns.inum",
+    },
+    "user_namespace": {
+        "cred_user_ns": "cred.user_ns",
+        "user_namespace_inum": "user_namespace.ns.inum",
+    },
+    "network_namespace": {
+        "task_nsproxy": "task_struct.nsproxy",
+        "nsproxy_net_ns": "nsproxy.net_ns",
+        "net_inum": "net.ns.inum",
+    },
+}
+"""Fields of the API's Credentials that a kernel may lack, and what each needs."""
+
+
+class Program(NamedTuple):
+    """A BPF program of a hook set and where it goes (enum bpf_attach_type)."""
+
+    name: str
+    program_type: int
+    attach_type: int
+
+
+# Numbers of include/uapi/linux/bpf.h.
+CGROUP_PROGRAMS = (
+    # Retire comes first and establish last: what is recorded can be retired.
+    Program("cgroup_sock_release", 9, 34),
+    Program("cgroup_connect4", 18, 10),
+    Program("cgroup_connect6", 18, 11),
+    Program("cgroup_sock_ops", 13, 3),
+)
+
+MAPS = (
+    "pending",
+    "connections",
+    "by_tuple",
+    "by_client",
+    "absences",
+    "older",
+    "drops",
+    "about",
+)
+"""The maps that user space reads, by their names in bpf/maps.h."""
+
+MAX_ABSENCES = 65536
+
+
+class Capture(NamedTuple):
+    """Loaded programs and their maps, by file descriptor, and the fields this kernel lacks."""
+
+    programs: dict[Program, int]
+    maps: dict[str, int]
+    missing_fields: tuple[str, ...]
+    bcc: Any
+    """Keeps the descriptors open."""
+
+
+def source_folder() -> Path:
+    """The BPF sources: beside this module in an installed package, else the tree's bpf/.
+
+    Raises:
+        KernelError: neither is there.
+    """
+    here = Path(__file__).parent
+    for folder in (here / "bpf", here.parent / "bpf"):
+        if (folder / "core.h").exists():
+            return folder
+    raise KernelError(errno.ENOENT, f"the BPF sources are missing from {here}; reinstall peercredd")
+
+
+def member_macros(types: KernelTypes) -> tuple[list[str], tuple[str, ...]]:
+    """Compiler flags that define every offset, and the optional fields that are missing.
+
+    Raises:
+        MemberMissing: a required member is not in this kernel.
+    """
+    flags = [f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in REQUIRED.items()]
+    for macro, path in BITFIELDS.items():
+        member = types.member(path)
+        flags += [f"-DOFFSET_{macro}={member.offset}", f"-DMASK_{macro}={1 << member.bit}"]
+    missing = []
+    for field, members in OPTIONAL.items():
+        try:
+            flags += [
+                f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in members.items()
+            ]
+        except MemberMissing:
+            missing.append(field)
+    flags.append(f"-DSIZE_upid={types.size('upid')}")
+    return flags, tuple(missing)
+
+
+def header_flags() -> list[str]:
+    """Compiler flags that find the UAPI headers; BCC switches the usual folders off.
+
+    Raises:
+        KernelError: they are not installed.
+    """
+    machine = os.uname().machine
+    for folder in (*Path("/usr/include").glob(f"{machine}-linux-*"), Path("/usr/include")):
+        if (folder / "asm" / "types.h").exists() and Path("/usr/include/linux/types.h").exists():
+            return ["-isystem", "/usr/include", "-isystem", str(folder)]
+    raise KernelError(
+        errno.ENOENT,
+        "the kernel's user-space headers are missing; install the package linux-libc-dev",
+    )
+
+
+def source_text(sources: Path, name: str) -> str:
+    """A source file with the files beside it that it includes put in their place.
+
+    BCC turns map accesses into helper calls in the main file only.
+    """
+    lines = [f'#line 1 "{name}"']
+    for number, line in enumerate((sources / name).read_text().splitlines(), 1):
+        if included := re.fullmatch(r'#include "(.+)"', line):
+            lines += [source_text(sources, included[1]), f'#line {number + 1} "{name}"']
+        else:
+            lines.append(line)
+    return "\n".join(lines)
+
+
+def load(max_connections: int, max_pending: int) -> Capture:
+    """Compile the `cgroup` hook set and have the kernel verify it; attaches nothing.
+
+    Raises:
+        KernelError: BCC or headers are missing, the kernel lacks something that is
+            needed, or its verifier refused a program. One line that says which.
+    """
+    try:
+        from bcc import BPF
+    except ImportError as error:
+        raise KernelError(
+            errno.ENOENT,
+            f"BCC cannot be imported ({error}); install the package python3-bpfcc and run "
+            "peercredd from an environment made by /usr/bin/python3 -m venv --system-site-packages",
+        ) from error
+
+    sources = source_folder()
+    offsets, missing = member_macros(KernelTypes())
+    flags = [
+        *offsets,
+        *header_flags(),
+        f"-I{sources}",
+        f"-DMAX_CONNECTIONS={max_connections}",
+        f"-DMAX_PENDING={max_pending}",
+        f"-DMAX_ABSENCES={MAX_ABSENCES}",
+        "-Wno-unused-function",
+    ]
+    os.environ["BCC_KERNEL_SOURCE"] = str(sources)
+    with compiler_messages() as messages:
+        try:
+            bcc = BPF(text=source_text(sources, "cgroup.c"), cflags=flags)
+            programs = {
+                program: bcc.load_func(
+                    program.name.encode(), program.program_type, attach_type=program.attach_type
+                ).fd
+                for program in CGROUP_PROGRAMS
+            }
+        except Exception as error:
+            raise KernelError(
+                ctypes.get_errno() or errno.EINVAL, f"{error}: {summary(messages())}"
+            ) from error
+    maps = {name: bcc[name].map_fd for name in MAPS}
+    return Capture(programs, maps, missing, bcc)
+
+
+@contextmanager
+def compiler_messages() -> Iterator[Any]:
+    """What clang and the verifier write to standard error meanwhile, as a function."""
+    with tempfile.TemporaryFile() as log:
+        saved = os.dup(2)
+        os.dup2(log.fileno(), 2)
+
+        def read() -> str:
+            log.seek(0)
+            return log.read().decode(errors="backslashreplace")
+
+        try:
+            yield read
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+
+
+def summary(log: str) -> str:
+    """The line of a compiler's or verifier's log that says what is wrong."""
+    lines = [line for line in log.splitlines() if line.strip()]
+    errors = [line for line in lines if "error:" in line]
+    if errors:
+        return errors[0]
+    verdicts = [line for line in lines if not line.startswith(("processed ", "0:", "HINT"))]
+    return verdicts[-1] if verdicts else "no message"

@@ -1,0 +1,250 @@
+"""The few calls of libbpf that peercredd makes, typed.
+
+libbpf comes with BCC (Debian's libbpfcc depends on it), so nothing more need be
+installed; loading it costs the server less than a megabyte.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+# PyDLL keeps the interpreter lock: these calls take a microsecond or so, and
+# giving the lock back and forth would cost more than the call.
+_libbpf: ctypes.PyDLL | None = None
+
+BPF_ANY = 0
+BPF_NOEXIST = 1
+BPF_F_RDONLY = 1 << 3
+
+
+class KernelError(OSError):
+    """A bpf(2) call failed; the text says which."""
+
+
+def library() -> ctypes.PyDLL:
+    """Libbpf itself.
+
+    Raises:
+        KernelError: it is not installed.
+    """
+    global _libbpf
+    if _libbpf is None:
+        try:
+            _libbpf = ctypes.PyDLL("libbpf.so.1", use_errno=True)
+        except OSError as error:
+            raise KernelError(
+                errno.ENOENT, f"libbpf.so.1 cannot be loaded ({error}); install the package libbpf1"
+            ) from error
+    return _libbpf
+
+
+def check(result: int, what: str) -> int:
+    """The result of a call that is negative on failure.
+
+    Raises:
+        KernelError: it was negative.
+    """
+    if result < 0:
+        number = ctypes.get_errno() or -result
+        raise KernelError(number, f"{what}: {os.strerror(number)}")
+    return result
+
+
+class _ObjGetOpts(ctypes.Structure):
+    _fields_ = (("sz", ctypes.c_size_t), ("file_flags", ctypes.c_uint32))
+
+
+class _MapInfo(ctypes.Structure):
+    # struct bpf_map_info of include/uapi/linux/bpf.h, as far as it is read here.
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("key_size", ctypes.c_uint32),
+        ("value_size", ctypes.c_uint32),
+        ("max_entries", ctypes.c_uint32),
+    )
+
+
+class _CgroupLinkInfo(ctypes.Structure):
+    # struct bpf_link_info with the cgroup member of its union.
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("prog_id", ctypes.c_uint32),
+        ("padding", ctypes.c_uint32),
+        ("cgroup_id", ctypes.c_uint64),
+        ("attach_type", ctypes.c_uint32),
+    )
+
+
+def pin(file_descriptor: int, path: Path) -> None:
+    """Pin a map, program or link at `path` in a bpffs."""
+    check(library().bpf_obj_pin(file_descriptor, bytes(path)), f"pin {path}")
+
+
+def get_pinned(path: Path, *, read_only: bool = False) -> int:
+    """A file descriptor of the object pinned at `path`; the caller closes it.
+
+    A link can only be had with `read_only` false (kernel/bpf/inode.c).
+    """
+    options = _ObjGetOpts(ctypes.sizeof(_ObjGetOpts), BPF_F_RDONLY if read_only else 0)
+    return check(library().bpf_obj_get_opts(bytes(path), ctypes.byref(options)), f"open pin {path}")
+
+
+def create_link(program: int, cgroup: int, attach_type: int) -> int:
+    """Attach a program to a cgroup beside whatever is there; a link's file descriptor.
+
+    The attachment lives as long as the descriptor or a pin of it does.
+    """
+    return check(
+        library().bpf_link_create(program, cgroup, attach_type, None), "attach to the cgroup"
+    )
+
+
+def detach_link(link: int) -> None:
+    """Undo an attachment now, whoever else holds the link."""
+    check(library().bpf_link_detach(link), "detach from the cgroup")
+
+
+def link_cgroup_id(link: int) -> int:
+    """Id of the cgroup that a link's program is attached to; 0 once it is detached."""
+    info = _CgroupLinkInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    check(
+        library().bpf_obj_get_info_by_fd(link, ctypes.byref(info), ctypes.byref(size)),
+        "read the state of an attachment",
+    )
+    return int(info.cgroup_id)
+
+
+class Map:
+    """A BPF map by its file descriptor, keys and values as bytes.
+
+    Every method raises KernelError on what is not an answer.
+    """
+
+    def __init__(self, file_descriptor: int) -> None:
+        """Take over `file_descriptor`."""
+        self.file_descriptor = file_descriptor
+        info = _MapInfo()
+        size = ctypes.c_uint32(ctypes.sizeof(info))
+        bpf = library()
+        check(
+            bpf.bpf_obj_get_info_by_fd(file_descriptor, ctypes.byref(info), ctypes.byref(size)),
+            "read a map's shape",
+        )
+        self.key_size = int(info.key_size)
+        self.value_size = int(info.value_size)
+        self.max_entries = int(info.max_entries)
+        self._value_type = ctypes.c_char * self.value_size
+        self._lookup = bpf.bpf_map_lookup_elem
+
+    @classmethod
+    def open(cls, path: Path, *, writable: bool = False) -> Map:
+        """The map pinned at `path`."""
+        return cls(get_pinned(path, read_only=not writable))
+
+    def close(self) -> None:
+        """Give the file descriptor back."""
+        os.close(self.file_descriptor)
+
+    def lookup(self, key: bytes) -> bytes | None:
+        """The value of `key`, or None."""
+        value = self._value_type()
+        result: int = self._lookup(self.file_descriptor, key, value)
+        if result == 0:
+            return value.raw
+        self._absent(result, "look up a key")
+        return None
+
+    def update(self, key: bytes, value: bytes, *, exclusive: bool = False) -> bool:
+        """Write an entry. With `exclusive`, False if the key is there already."""
+        flags = BPF_NOEXIST if exclusive else BPF_ANY
+        result: int = library().bpf_map_update_elem(
+            self.file_descriptor, key, value, ctypes.c_uint64(flags)
+        )
+        if result < 0 and ctypes.get_errno() == errno.EEXIST:
+            return False
+        check(result, "write a map entry")
+        return True
+
+    def delete(self, key: bytes) -> bool:
+        """Remove an entry; False if there was none."""
+        result: int = library().bpf_map_delete_elem(self.file_descriptor, key)
+        if result == 0:
+            return True
+        self._absent(result, "delete a map entry")
+        return False
+
+    def take(self, key: bytes) -> bytes | None:
+        """Remove an entry and return the value that it had, in one step."""
+        value = self._value_type()
+        result: int = library().bpf_map_lookup_and_delete_elem(self.file_descriptor, key, value)
+        if result == 0:
+            return value.raw
+        self._absent(result, "take a map entry")
+        return None
+
+    def keys(self) -> Iterator[bytes]:
+        """The keys of all entries that are there throughout; others may appear or not."""
+        for keys, _, count in self._batches(256):
+            yield from _slices(keys, self.key_size, count)
+
+    def items(self) -> Iterator[tuple[bytes, bytes]]:
+        """All entries that are there throughout; others may appear or not."""
+        for keys, values, count in self._batches(256):
+            yield from zip(
+                _slices(keys, self.key_size, count),
+                _slices(values, self.value_size, count),
+                strict=True,
+            )
+
+    def count(self) -> int:
+        """Number of entries, counted: the kernel keeps no figure."""
+        return sum(count for _, _, count in self._batches(1024))
+
+    def _batches(self, size: int) -> Iterator[tuple[bytes, bytes, int]]:
+        """Keys, values and their number, at most about `size` at a time.
+
+        A hash table is read bucket by bucket, so no entry comes twice
+        (__htab_map_lookup_and_delete_batch in kernel/bpf/hashtab.c).
+        """
+        lookup_batch = library().bpf_map_lookup_batch
+        position = None
+        while True:
+            next_position = ctypes.create_string_buffer(max(self.key_size, 4))
+            keys = ctypes.create_string_buffer(self.key_size * size)
+            values = ctypes.create_string_buffer(self.value_size * size)
+            count = ctypes.c_uint32(size)
+            result = lookup_batch(
+                self.file_descriptor,
+                position,
+                next_position,
+                keys,
+                values,
+                ctypes.byref(count),
+                None,
+            )
+            failure = ctypes.get_errno() if result < 0 else 0
+            if failure == errno.ENOSPC:  # a bucket holds more
+                size *= 2
+                continue
+            if failure not in (0, errno.ENOENT):
+                check(result, "read a map")
+            yield keys.raw, values.raw, count.value
+            if failure == errno.ENOENT:
+                return
+            position = next_position
+
+    def _absent(self, result: int, what: str) -> None:
+        if ctypes.get_errno() != errno.ENOENT:
+            check(result, what)
+
+
+def _slices(data: bytes, size: int, count: int) -> Iterator[bytes]:
+    for offset in range(0, size * count, size):
+        yield data[offset : offset + size]

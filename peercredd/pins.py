@@ -1,0 +1,209 @@
+"""The pin directory: what keeps a capture running while no process holds it.
+
+::
+
+    PIN_DIR/staging-PID/   a loader at work; an orphan if it died
+    PIN_DIR/capture/       maps/NAME and links/PROGRAM of the running capture
+
+A capture appears by one rename(2), complete. Whoever changes anything here holds
+the directory's lock.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from peercredd.libbpf import KernelError, detach_link, get_pinned
+
+BPFFS_MOUNT = Path("/sys/fs/bpf")
+CAPTURE = "capture"
+MAPS = "maps"
+LINKS = "links"
+_STAGING = "staging-"
+
+
+class Held(Exception):  # noqa: N818 - names a state
+    """Another process holds the pin directory."""
+
+    def __init__(self, pin_dir: Path, pid: int | None) -> None:
+        self.pid = pid
+        holder = f"process {pid}" if pid else "another process"
+        super().__init__(
+            f"{pin_dir} is held by {holder}; stop that daemon, or choose another --pin-dir"
+        )
+
+
+@contextmanager
+def hold(pin_dir: Path) -> Iterator[None]:
+    """Own the pin directory, which is made if need be, until the block ends.
+
+    The lock goes with the process, however it dies.
+
+    Raises:
+        Held: another process owns it.
+        KernelError: it can not be made.
+    """
+    _make(pin_dir)
+    while True:
+        directory = os.open(pin_dir, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            try:
+                fcntl.flock(directory, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Held(pin_dir, _holder(directory)) from None
+            if _is_still(directory, pin_dir):
+                yield
+                return
+        finally:
+            os.close(directory)
+        # Its last owner removed it between open and lock.
+        _make(pin_dir)
+
+
+def remove(pin_dir: Path) -> bool:
+    """Detach and unpin whatever is in a pin directory, and remove it.
+
+    True if there was a capture, whole or in part. The caller holds the directory.
+    """
+    removed = clean(pin_dir)
+    with suppress(FileNotFoundError):
+        pin_dir.rmdir()
+    return removed
+
+
+def clean(pin_dir: Path, *, keep_capture: bool = False) -> bool:
+    """Like `remove`, but the directory itself stays.
+
+    With `keep_capture` only what a crashed loader left goes.
+    """
+    found = False
+    for folder in list(pin_dir.iterdir()) if pin_dir.is_dir() else []:
+        if folder.name.startswith(_STAGING) or (folder.name == CAPTURE and not keep_capture):
+            _dismantle(folder)
+            found = True
+    return found
+
+
+def stage(pin_dir: Path) -> Path:
+    """A new folder to build a capture in."""
+    folder = pin_dir / f"{_STAGING}{os.getpid()}"
+    for part in (folder, folder / MAPS, folder / LINKS):
+        part.mkdir(mode=0o700)
+    return folder
+
+
+def publish(staged: Path) -> None:
+    """Make a staged capture the running one, at once."""
+    staged.rename(staged.parent / CAPTURE)
+
+
+def capture(pin_dir: Path) -> Path | None:
+    """The folder of the running capture, if there is one."""
+    folder = pin_dir / CAPTURE
+    return folder if folder.is_dir() else None
+
+
+def _dismantle(folder: Path) -> None:
+    # Detach first: while one program is gone and others stay, records could be
+    # made that nothing retires; so the maps go last.
+    for link in sorted((folder / LINKS).glob("*")):
+        with suppress(KernelError):
+            descriptor = get_pinned(link)
+            try:
+                detach_link(descriptor)
+            finally:
+                os.close(descriptor)
+        link.unlink(missing_ok=True)
+    for pinned in (folder / MAPS).glob("*"):
+        pinned.unlink(missing_ok=True)
+    for part in (folder / LINKS, folder / MAPS, folder):
+        with suppress(FileNotFoundError):
+            part.rmdir()
+
+
+def _make(pin_dir: Path) -> None:
+    if pin_dir.is_relative_to(BPFFS_MOUNT):
+        _mount_bpffs()
+    existing = next(folder for folder in (pin_dir, *pin_dir.parents) if folder.exists())
+    if not _is_bpffs(existing):
+        raise KernelError(
+            errno.EINVAL,
+            f"{pin_dir} is not on a BPF file system; choose a --pin-dir below {BPFFS_MOUNT}, "
+            f"or mount one: mount -t bpf bpf {existing}",
+        )
+    try:
+        pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(
+            error.errno or errno.EIO, f"{pin_dir} cannot be made: {error.strerror}"
+        ) from error
+
+
+def _mount_bpffs() -> None:
+    if _is_bpffs(BPFFS_MOUNT):
+        return
+    try:
+        directory = os.open(BPFFS_MOUNT, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as error:
+        raise KernelError(
+            error.errno or errno.EIO,
+            f"{BPFFS_MOUNT}: {error.strerror}; peercredd needs /sys and a kernel with "
+            "CONFIG_BPF_SYSCALL",
+        ) from error
+    try:
+        # Two daemons that start at once must not mount one over the other.
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        if _is_bpffs(BPFFS_MOUNT):
+            return
+        mounted = subprocess.run(
+            ["mount", "-t", "bpf", "-o", "mode=0700", "bpf", str(BPFFS_MOUNT)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    finally:
+        os.close(directory)
+    if mounted.returncode:
+        raise KernelError(
+            errno.EPERM,
+            f"no BPF file system could be mounted at {BPFFS_MOUNT} "
+            f"({mounted.stderr.strip() or mounted.returncode}); run as root, or mount it: "
+            f"mount -t bpf bpf {BPFFS_MOUNT}",
+        )
+
+
+def _is_bpffs(path: Path) -> bool:
+    mounts = Path("/proc/self/mountinfo").read_text(errors="surrogateescape")
+    try:
+        device = path.stat().st_dev
+    except OSError:
+        return False
+    number = f"{os.major(device)}:{os.minor(device)}"
+    return any(
+        fields[2] == number and " - bpf " in line
+        for line in mounts.splitlines()
+        if (fields := line.split())
+    )
+
+
+def _is_still(directory: int, path: Path) -> bool:
+    with suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(directory), path.stat())
+    return False
+
+
+def _holder(directory: int) -> int | None:
+    """The pid in /proc/locks of whoever holds flock(2) on an open directory."""
+    status = os.fstat(directory)
+    place = f"{os.major(status.st_dev):02x}:{os.minor(status.st_dev):02x}:{status.st_ino}"
+    for line in Path("/proc/locks").read_text().splitlines():
+        fields = line.split()
+        if fields[1] == "FLOCK" and fields[5] == place:
+            return int(fields[4])
+    return None
