@@ -73,17 +73,20 @@ int cgroup_sock_ops(struct bpf_sock_ops *context)
     socket = tcp_sock_of(socket);
     if (!socket)
         return 1;
-    u64 cookie = socket_cookie_of(context);
+    u64 cookie = LOAD(u64, (u64)socket, sock_cookie);
+    bool had_cookie = cookie != 0;
+    if (!had_cookie)
+        cookie = socket_cookie_of(context);
     bool recorded = false;
 
     if (operation == BPF_SOCK_OPS_STATE_CB)
         closed((u64)socket, socket, cookie, old_state);
     else if (operation == BPF_SOCK_OPS_TCP_CONNECT_CB)
-        recorded = publish((u64)socket, socket, cookie);
+        recorded = publish((u64)socket, socket, cookie, had_cookie);
     else if (operation == BPF_SOCK_OPS_PASSIVE_ESTABLISHED_CB)
         recorded = establish((u64)socket, socket, cookie);
     else
-        listen(socket, cookie);
+        listen(socket, cookie, had_cookie);
     if (recorded) {
         /* Other programs of this cgroup may have set flags of their own. */
         u32 flags = context->bpf_sock_ops_cb_flags;

@@ -5,7 +5,7 @@
  *
  *   socket   address of the struct tcp_sock (u64), known to the verifier
  *   storage  what the hook's bpf_sk_storage_get() takes for that socket
- *   cookie   the socket's cookie
+ *   cookie   the socket's cookie; had_cookie: it had one before
  *
  * listen, connect, publish and establish run before user space can see their
  * effect; closed and release run when a socket has no more to say.
@@ -31,13 +31,13 @@ static __always_inline void count_drop(enum drop reason)
 
 static __always_inline void read_address(u32 to[4], u64 socket, bool local)
 {
-    if (TRUSTED(u16, socket, sock_family) == AF_INET6) {
+    if (LOAD(u16, socket, sock_family) == AF_INET6) {
         u64 from = local ? OFFSET_sock_v6_rcv_saddr : OFFSET_sock_v6_daddr;
         read_kernel(to, 16, socket + from);
     } else {
         to[0] = to[1] = 0;
         to[2] = bpf_htonl(0xffff);
-        to[3] = local ? TRUSTED(u32, socket, sock_rcv_saddr) : TRUSTED(u32, socket, sock_daddr);
+        to[3] = local ? LOAD(u32, socket, sock_rcv_saddr) : LOAD(u32, socket, sock_daddr);
     }
 }
 
@@ -45,11 +45,11 @@ static __always_inline void read_address(u32 to[4], u64 socket, bool local)
  * `to` is zeroed by the caller. */
 static __always_inline void read_tuple(u64 socket, bool is_client, struct tuple *to)
 {
-    u64 net = TRUSTED(u64, socket, sock_net);
-    u16 local = TRUSTED(u16, socket, sock_num);
-    u16 remote = bpf_ntohs(TRUSTED(u16, socket, sock_dport));
+    u64 net = LOAD(u64, socket, sock_net);
+    u16 local = LOAD(u16, socket, sock_num);
+    u16 remote = bpf_ntohs(LOAD(u16, socket, sock_dport));
 
-    to->netns_cookie = TRUSTED(u64, net, net_cookie);
+    to->netns_cookie = LOAD(u64, net, net_cookie);
     read_address(to->client_address, socket, is_client);
     read_address(to->server_address, socket, !is_client);
     to->client_port = is_client ? local : remote;
@@ -60,33 +60,47 @@ static __always_inline void read_tuple(u64 socket, bool is_client, struct tuple 
  * host's own addresses, and nothing else. */
 static __always_inline bool is_local(u64 socket)
 {
-    u64 destination = TRUSTED(u64, socket, sock_dst_cache);
+    u64 destination = LOAD(u64, socket, sock_dst_cache);
     if (!destination)
         return false;
-    u64 device = TRUSTED(u64, destination, dst_dev);
-    return device && TRUSTED(u32, device, net_device_flags) & IFF_LOOPBACK;
+    u64 device = LOAD(u64, destination, dst_dev);
+    return device && LOAD(u32, device, net_device_flags) & IFF_LOOPBACK;
 }
 
 /* ---- why there is no record ---- */
 
-static __always_inline struct absence_key tuple_absence(struct tuple *tuple)
+static __always_inline u64 mixed(u64 hash, u64 word)
 {
-    u64 *words = (u64 *)tuple;
-    struct absence_key key = {.scope = tuple->netns_cookie | TUPLE_SCOPE};
-#pragma unroll
-    for (int i = 0; i < sizeof(*tuple) / sizeof(u64); i++) {
-        key.subject = (key.subject ^ words[i]) * 0x9e3779b97f4a7c15ULL;
-        key.subject ^= key.subject >> 32;
-    }
-    return key;
+    hash = (hash ^ word) * 0x9e3779b97f4a7c15ULL;
+    return hash ^ hash >> 32;
 }
 
-static __always_inline void note_absence(u64 cookie, struct tuple *tuple, u32 reason)
+static __always_inline u64 hash_of_tuple(struct tuple *tuple)
 {
-    struct absence_key by_cookie = {.subject = cookie};
-    struct absence_key by_addresses = tuple_absence(tuple);
-    absences.update(&by_cookie, &reason);
-    absences.update(&by_addresses, &reason);
+    u64 *words = (u64 *)tuple, hash = 1; /* not 0: no tuple is a cookie */
+#pragma unroll
+    for (int i = 0; i < sizeof(*tuple) / sizeof(u64); i++)
+        hash = mixed(hash, words[i]);
+    return hash;
+}
+
+static __always_inline u64 *absence_of(u64 hash)
+{
+    int slot = hash >> 2 & (ABSENCE_SLOTS - 1);
+    return absences.lookup(&slot);
+}
+
+static __always_inline void note_absence_of(u64 hash, u64 reason)
+{
+    u64 *absence = absence_of(hash);
+    if (absence)
+        *absence = (hash & ~ABSENCE_REASON) | reason;
+}
+
+static __always_inline void note_absence(u64 cookie, struct tuple *tuple, u64 reason)
+{
+    note_absence_of(mixed(0, cookie), reason);
+    note_absence_of(hash_of_tuple(tuple), reason);
 }
 
 static __always_inline void drop_record(enum drop reason, u64 cookie, struct tuple *tuple)
@@ -148,15 +162,21 @@ static __always_inline void client_end_gone(u64 cookie)
 static __always_inline void release(void *storage, u64 cookie)
 {
     struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
-    if (server && server->role == ROLE_CHILD)
+    if (server && server->role == ROLE_CHILD) {
         server_end_gone(server, cookie);
+        if (!server->is_client)
+            return;
+    }
     client_end_gone(cookie);
 }
 
 /* A socket may be disconnected (connect() with AF_UNSPEC) and used again, by
- * anybody, in any role: what it carried before is not the next user's. */
-static __always_inline void wipe(void *storage, u64 cookie)
+ * anybody, in any role: what it carried before is not the next user's. One that
+ * nobody has asked for its cookie yet carries nothing. */
+static __always_inline void wipe(void *storage, u64 cookie, bool had_cookie)
 {
+    if (!had_cookie)
+        return;
     release(storage, cookie);
     server_sockets.sk_storage_delete(storage);
 }
@@ -169,7 +189,7 @@ static __always_inline bool was_disconnected(u64 socket, u32 old_state)
 {
     return (old_state == TCP_ESTABLISHED_STATE || old_state == TCP_CLOSE_WAIT_STATE ||
             old_state == TCP_FIN_WAIT1_STATE || old_state == TCP_SYN_RECV_STATE) &&
-           TRUSTED(u32, socket, sock_err) == 0;
+           LOAD(u32, socket, sock_err) == 0;
 }
 
 /* A pending connect() that can not have a server socket any more, or that had one
@@ -182,7 +202,7 @@ static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)
     struct pending *entry = pending.lookup(&tuple);
     if (!entry || entry->client_cookie != cookie)
         return;
-    u32 acknowledged = TRUSTED(u32, socket, tcp_snd_una) - entry->initial_sequence;
+    u32 acknowledged = LOAD(u32, socket, tcp_snd_una) - entry->initial_sequence;
     if (old_state == TCP_SYN_SENT_STATE || old_state >= TCP_CLOSE_WAIT_STATE || acknowledged > 1)
         pending.delete(&tuple);
 }
@@ -192,30 +212,32 @@ static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)
 static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 old_state)
 {
     struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
-    bool over = TRUSTED(u64, socket, sock_socket) == 0 || was_disconnected(socket, old_state);
+    if (server && server->role != ROLE_CHILD)
+        server = NULL;
+    if (server && server->gone && !server->is_client)
+        return;
 
-    if (server && server->role == ROLE_CHILD) {
-        if (over) {
-            server_end_gone(server, cookie);
-        } else {
-            struct connection *record = connections.lookup(&cookie);
-            if (record)
-                record->flags |= CLOSED_WITH_DESCRIPTOR;
-        }
-    } else {
+    bool over = LOAD(u64, socket, sock_socket) == 0 || was_disconnected(socket, old_state);
+    if (!server) {
         drop_pending(socket, cookie, old_state);
+        if (over)
+            client_end_gone(cookie);
+    } else if (over) {
+        release(storage, cookie);
+    } else {
+        struct connection *record = connections.lookup(&cookie);
+        if (record)
+            record->flags |= CLOSED_WITH_DESCRIPTOR;
     }
-    if (over)
-        client_end_gone(cookie);
 }
 
 /* ---- listen ---- */
 
-static __always_inline void listen(void *storage, u64 cookie)
+static __always_inline void listen(void *storage, u64 cookie, bool had_cookie)
 {
     struct server_socket server = {.role = ROLE_LISTENER, .listener_cookie = cookie};
 
-    wipe(storage, cookie);
+    wipe(storage, cookie, had_cookie);
     enum drop reason = read_credentials(&server.listener);
     if (reason != DROP_NONE) {
         count_drop(reason);
@@ -232,7 +254,7 @@ static __always_inline void listen(void *storage, u64 cookie)
 static __always_inline void connect(u64 socket, void *storage)
 {
     connecting.sk_storage_delete(storage);
-    if (!(TRUSTED(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect))
+    if (!(LOAD(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect))
         return;
     struct credentials client = {};
     enum drop reason = read_credentials(&client);
@@ -246,22 +268,22 @@ static __always_inline void connect(u64 socket, void *storage)
 
 /* The SYN is about to leave; the server may accept before connect() returns. True if
  * the connection was recorded: `closed` must see this socket then. */
-static __always_inline bool publish(u64 socket, void *storage, u64 cookie)
+static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool had_cookie)
 {
     struct tuple tuple = {};
     struct pending entry = {};
 
-    wipe(storage, cookie);
+    wipe(storage, cookie, had_cookie);
     if (!is_local(socket))
         return false;
 
     read_tuple(socket, true, &tuple);
     entry.published_ns = boot_time_ns();
     entry.client_cookie = cookie;
-    entry.initial_sequence = TRUSTED(u32, socket, tcp_write_seq);
+    entry.initial_sequence = LOAD(u32, socket, tcp_write_seq);
 
     enum drop reason = DROP_NONE;
-    if (TRUSTED(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect) {
+    if (LOAD(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect) {
         struct credentials *stash = connecting.sk_storage_get(storage, 0, 0);
         if (stash)
             entry.client = *stash;
@@ -286,13 +308,13 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie)
  * at publish, and then the child inherits the reason. */
 static __always_inline void inherit_absence(u64 server_cookie, struct tuple *tuple)
 {
-    struct absence_key by_addresses = tuple_absence(tuple);
-    u32 *reason = absences.lookup(&by_addresses);
-    if (!reason || *reason == ABSENT_RETIRED)
+    u64 hash = hash_of_tuple(tuple);
+    u64 *absence = absence_of(hash);
+    if (!absence || (*absence ^ hash) & ~ABSENCE_REASON)
         return;
-    struct absence_key by_cookie = {.subject = server_cookie};
-    u32 copy = *reason;
-    absences.update(&by_cookie, &copy);
+    u64 reason = *absence & ABSENCE_REASON;
+    if (reason != ABSENT_RETIRED)
+        note_absence_of(mixed(0, server_cookie), reason);
 }
 
 /* Fills the record of a new server socket, all but the time that makes it valid.
@@ -339,7 +361,7 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
         inherit_absence(server_cookie, &tuple);
         return false;
     }
-    if (entry->initial_sequence + 1 != TRUSTED(u32, socket, tcp_rcv_nxt)) {
+    if (entry->initial_sequence + 1 != LOAD(u32, socket, tcp_rcv_nxt)) {
         drop_record(DROP_OTHER_SYN, server_cookie, &tuple);
         return false;
     }
@@ -368,6 +390,7 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     }
     server->role = ROLE_CHILD;
     server->gone = 0;
+    server->is_client = record->client_cookie == server_cookie;
     /* An atomic operation, so that it is not moved before what it vouches for. */
     __sync_fetch_and_add(&record->established_ns, boot_time_ns());
     pending.delete(&tuple);

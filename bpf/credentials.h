@@ -8,11 +8,9 @@
 
 static __always_inline int read_groups(u64 cred, struct credentials *to)
 {
-    u64 group_info = 0;
-    u32 count = 0;
+    u64 group_info = LOAD(u64, cred, cred_group_info);
+    u32 count = LOAD(u32, group_info, group_info_ngroups);
 
-    if (READ(group_info, cred, cred_group_info) || READ(count, group_info, group_info_ngroups))
-        return -1;
     to->group_count = count;
     to->known |= HAS_GROUPS;
     if (count > MAX_GROUPS)
@@ -24,83 +22,89 @@ static __always_inline int read_groups(u64 cred, struct credentials *to)
     return size ? read_kernel(to->groups, size, group_info + OFFSET_group_info_gid) : 0;
 }
 
-static __always_inline void read_namespaces(u64 task, u64 cred, struct credentials *to)
+/* What a kernel may lack: each has its own bit in `known`. */
+static __always_inline void read_optional(u64 task, u64 cred, struct credentials *to)
 {
-    u64 namespace = 0, pid = 0, proxy = 0;
-    u32 level = 0;
-
-#ifdef OFFSET_task_thread_pid
-    if (!READ(pid, task, task_thread_pid) && !READ(level, pid, pid_level) &&
-        !READ(namespace, pid + OFFSET_pid_numbers + level * SIZE_upid, upid_ns) &&
-        !READ(to->pid_namespace, namespace, pid_namespace_inum))
-        to->known |= HAS_PID_NAMESPACE;
+#ifdef OFFSET_task_start_boottime
+    to->process_start_time_ns =
+        LOAD(u64, LOAD(u64, task, task_group_leader), task_start_boottime);
+    to->known |= HAS_START_TIME;
 #endif
-#ifdef OFFSET_cred_user_ns
-    if (!READ(namespace, cred, cred_user_ns) &&
-        !READ(to->user_namespace, namespace, user_namespace_inum))
-        to->known |= HAS_USER_NAMESPACE;
+#ifdef OFFSET_cred_cap_effective
+    /* Two u32 before 6.3 (f122a08b197d), one u64 since. */
+    to->effective_capabilities =
+        LOAD(u32, cred, cred_cap_effective) | (u64)LOAD(u32, cred + 4, cred_cap_effective) << 32;
+    to->known |= HAS_CAPABILITIES;
 #endif
-#ifdef OFFSET_task_nsproxy
-    if (!READ(proxy, task, task_nsproxy) && !READ(namespace, proxy, nsproxy_net_ns) &&
-        !READ(to->network_namespace, namespace, net_inum))
-        to->known |= HAS_NETWORK_NAMESPACE;
+#ifdef OFFSET_task_atomic_flags
+    to->known |= HAS_NO_NEW_PRIVS;
+    if (LOAD(u64, task, task_atomic_flags) & PFA_NO_NEW_PRIVS)
+        to->known |= NO_NEW_PRIVS;
+#endif
+#ifdef OFFSET_task_loginuid
+    to->login_uid = LOAD(u32, task, task_loginuid);
+    to->known |= HAS_LOGIN_UID;
+#endif
+#ifdef OFFSET_task_sessionid
+    to->audit_session_id = LOAD(u32, task, task_sessionid);
+    to->known |= HAS_AUDIT_SESSION_ID;
+#endif
+#ifdef OFFSET_task_cgroups
+    u64 cgroup = LOAD(u64, LOAD(u64, task, task_cgroups), css_set_dfl_cgrp);
+    to->cgroup_id = LOAD(u64, LOAD(u64, cgroup, cgroup_kn), kernfs_node_id);
+    to->known |= HAS_CGROUP_ID;
 #endif
 }
 
-/* What a kernel may lack: each its own bit in `known`. */
-static __always_inline void read_optional(u64 task, u64 cred, struct credentials *to)
+static __always_inline void read_namespaces(u64 task, u64 cred, struct credentials *to)
 {
-    u64 leader = 0, flags = 0, set = 0, cgroup = 0, node = 0;
-
-#ifdef OFFSET_task_start_boottime
-    if (!READ(leader, task, task_group_leader) &&
-        !READ(to->process_start_time_ns, leader, task_start_boottime))
-        to->known |= HAS_START_TIME;
+#ifdef OFFSET_task_thread_pid
+    u64 pid = LOAD(u64, task, task_thread_pid), namespace = 0;
+    u32 level = LOAD(u32, pid, pid_level);
+    /* No plain load: where it is depends on the level. */
+    if (!read_kernel(&namespace, sizeof(namespace),
+                     pid + OFFSET_pid_numbers + level * SIZE_upid + OFFSET_upid_ns) &&
+        !read_kernel(&to->pid_namespace, sizeof(to->pid_namespace),
+                     namespace + OFFSET_pid_namespace_inum))
+        to->known |= HAS_PID_NAMESPACE;
 #endif
-#ifdef OFFSET_cred_cap_effective
-    if (!READ(to->effective_capabilities, cred, cred_cap_effective))
-        to->known |= HAS_CAPABILITIES;
+#ifdef OFFSET_cred_user_ns
+    to->user_namespace = LOAD(u32, LOAD(u64, cred, cred_user_ns), user_namespace_inum);
+    to->known |= HAS_USER_NAMESPACE;
 #endif
-#ifdef OFFSET_task_atomic_flags
-    if (!READ(flags, task, task_atomic_flags))
-        to->known |= HAS_NO_NEW_PRIVS | (flags & PFA_NO_NEW_PRIVS ? NO_NEW_PRIVS : 0);
-#endif
-#ifdef OFFSET_task_loginuid
-    if (!READ(to->login_uid, task, task_loginuid))
-        to->known |= HAS_LOGIN_UID;
-#endif
-#ifdef OFFSET_task_sessionid
-    if (!READ(to->audit_session_id, task, task_sessionid))
-        to->known |= HAS_AUDIT_SESSION_ID;
-#endif
-#ifdef OFFSET_task_cgroups
-    if (!READ(set, task, task_cgroups) && !READ(cgroup, set, css_set_dfl_cgrp) &&
-        !READ(node, cgroup, cgroup_kn) && !READ(to->cgroup_id, node, kernfs_node_id))
-        to->known |= HAS_CGROUP_ID;
+#ifdef OFFSET_task_nsproxy
+    u64 network = LOAD(u64, LOAD(u64, task, task_nsproxy), nsproxy_net_ns);
+    to->network_namespace = LOAD(u32, network, net_inum);
+    to->known |= HAS_NETWORK_NAMESPACE;
 #endif
 }
 
 /* DROP_NONE, or why there are none. `to` is zeroed by the caller. */
 static __always_inline enum drop read_credentials(struct credentials *to)
 {
-    u64 task = current_task(), cred = 0;
-    u32 flags = 0;
+    u64 task = current_task();
+    u64 cred = LOAD(u64, task, task_cred);
 
     /* The kernel connects in a worker's name (an NFS mount, a further subflow of
      * MPTCP): no user stands behind those numbers. */
-    if (READ(flags, task, task_flags))
-        return DROP_CREDENTIALS_UNREADABLE;
-    if (flags & PF_KTHREAD)
+    if (LOAD(u32, task, task_flags) & PF_KTHREAD)
         return DROP_KERNEL_THREAD;
+    /* Loads through a bad address give 0, and 0 is root. */
+    if (!cred || !LOAD(u64, cred, cred_group_info))
+        return DROP_CREDENTIALS_UNREADABLE;
 
     to->time_ns = boot_time_ns();
-    if (READ(cred, task, task_cred) || READ(to->tgid, task, task_tgid) ||
-        READ(to->tid, task, task_pid) || READ(to->comm, task, task_comm) ||
-        READ(to->uid, cred, cred_uid) || READ(to->gid, cred, cred_gid) ||
-        READ(to->suid, cred, cred_suid) || READ(to->sgid, cred, cred_sgid) ||
-        READ(to->euid, cred, cred_euid) || READ(to->egid, cred, cred_egid) ||
-        READ(to->fsuid, cred, cred_fsuid) || READ(to->fsgid, cred, cred_fsgid) ||
-        read_groups(cred, to))
+    to->tgid = LOAD(u32, task, task_tgid);
+    to->tid = LOAD(u32, task, task_pid);
+    to->uid = LOAD(u32, cred, cred_uid);
+    to->gid = LOAD(u32, cred, cred_gid);
+    to->suid = LOAD(u32, cred, cred_suid);
+    to->sgid = LOAD(u32, cred, cred_sgid);
+    to->euid = LOAD(u32, cred, cred_euid);
+    to->egid = LOAD(u32, cred, cred_egid);
+    to->fsuid = LOAD(u32, cred, cred_fsuid);
+    to->fsgid = LOAD(u32, cred, cred_fsgid);
+    if (read_kernel(to->comm, sizeof(to->comm), task + OFFSET_task_comm) || read_groups(cred, to))
         return DROP_CREDENTIALS_UNREADABLE;
     read_optional(task, cred, to);
     read_namespaces(task, cred, to);

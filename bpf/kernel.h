@@ -19,11 +19,9 @@
 static u64 (*socket_cookie_of)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
 static void *(*tcp_sock_of)(void *socket) = (void *)BPF_FUNC_skc_to_tcp_sock;
 static u64 (*boot_time_ns)(void) = (void *)BPF_FUNC_ktime_get_boot_ns;
-static u64 (*current_task)(void) = (void *)BPF_FUNC_get_current_task;
+static u64 (*current_task)(void) = (void *)BPF_FUNC_get_current_task_btf;
 static long (*read_kernel)(void *to, u32 size, u64 from) = (void *)BPF_FUNC_probe_read_kernel;
 
-/* A member of a struct that the verifier knows (a socket and what hangs on it). */
-#define TRUSTED(type, address, member) (*(type *)((address) + OFFSET_##member))
-
-/* A member of any other struct; 0 on success. */
-#define READ(to, address, member) read_kernel(&(to), sizeof(to), (address) + OFFSET_##member)
+/* A member of a struct that the verifier knows: a socket, the current task, and what
+ * they point to. A plain load, and 0 should the address be bad. */
+#define LOAD(type, address, member) (*(type *)((address) + OFFSET_##member))

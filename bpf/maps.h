@@ -12,11 +12,11 @@ BPF_F_TABLE("hash", u64, struct connection, connections, MAX_CONNECTIONS, BPF_F_
 BPF_F_TABLE("hash", struct tuple, u64, by_tuple, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u64, u64, by_client, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
-/* Why there is no record: the newest reasons. Older ones fade to "never seen". */
-BPF_F_TABLE("lru_hash", struct absence_key, u32, absences, MAX_ABSENCES, 0);
+/* An array, not an LRU hash: one store instead of a microsecond for each connection. */
+BPF_F_TABLE("array", int, u64, absences, ABSENCE_SLOTS, 0);
 
-/* Connections found by the loader that are older than the capture. */
-BPF_F_TABLE("hash", struct absence_key, u32, older, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+/* Connections found by the loader that are older than the capture, by the same hashes. */
+BPF_F_TABLE("hash", u64, u32, older, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
 BPF_F_TABLE("array", int, u64, drops, DROP_COUNT, 0);
 

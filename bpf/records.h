@@ -93,8 +93,10 @@ struct connection {
 
 /* Storage on a listening socket, cloned by the kernel to each child. */
 struct server_socket {
-    u32 role;
-    u32 gone; /* the server end was counted in connection.ends_gone */
+    u16 role;
+    u8 gone;      /* the server end was counted in connection.ends_gone */
+    u8 is_client; /* a socket connected to itself is both ends */
+    u32 padding;
     u64 listener_cookie;
     struct credentials listener;
 };
@@ -103,15 +105,12 @@ struct server_socket {
 #define ROLE_LISTENER 1
 #define ROLE_CHILD 2
 
-/* Why a connection has no record; the key is a socket's cookie and 0, or a hash
- * of the tuple and its network namespace's cookie with the top bit set. Collisions cost
- * a reason, never an answer. */
-struct absence_key {
-    u64 subject;
-    u64 scope;
-};
-
-#define TUPLE_SCOPE (1ULL << 63)
+/* Why a connection has no record, for the newest of those that have none: a table
+ * with one slot for each hash of a cookie or of a tuple. A slot holds the hash, its
+ * lowest two bits replaced by the reason. A newer subject of the same slot replaces
+ * an older: that costs a reason, never an answer. */
+#define ABSENCE_SLOTS (1 << 15)
+#define ABSENCE_REASON 3ULL
 
 #define ABSENT_RETIRED 1
 #define ABSENT_TABLE_WAS_FULL 2

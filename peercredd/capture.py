@@ -27,6 +27,7 @@ REQUIRED = {
     "sock_num": "sock.__sk_common.skc_num",
     "sock_dport": "sock.__sk_common.skc_dport",
     "sock_net": "sock.__sk_common.skc_net.net",
+    "sock_cookie": "sock.__sk_common.skc_cookie",
     "sock_dst_cache": "sock.sk_dst_cache",
     "sock_socket": "sock.sk_socket",
     "sock_err": "sock.sk_err",
@@ -119,8 +120,6 @@ MAPS = (
     "about",
 )
 """The maps that user space reads, by their names in bpf/maps.h."""
-
-MAX_ABSENCES = 65536
 
 
 class Capture(NamedTuple):
@@ -222,7 +221,6 @@ def load(max_connections: int, max_pending: int) -> Capture:
         f"-I{sources}",
         f"-DMAX_CONNECTIONS={max_connections}",
         f"-DMAX_PENDING={max_pending}",
-        f"-DMAX_ABSENCES={MAX_ABSENCES}",
         "-Wno-unused-function",
     ]
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)

@@ -7,6 +7,7 @@ every offset with what BCC compiled.
 from __future__ import annotations
 
 import struct
+import sys
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -100,7 +101,7 @@ CLOSED_WITH_DESCRIPTOR = 1 << 0
 ABOUT_SIZE = 4096
 
 ABSENCES = {1: "RETIRED", 2: "TABLE_WAS_FULL", 3: "NEVER_SEEN"}
-"""Values of the map ``absences``, as reasons of the API."""
+"""Reasons in the map ``absences``, in the words of the API."""
 
 DROPS = (
     ("PENDING_FULL", "connect() calls with no room in the table of pending ones"),
@@ -115,25 +116,44 @@ DROPS = (
 )
 """``enum drop`` from 1 on: name, and what was dropped."""
 
-_MASK = (1 << 64) - 1
-_TUPLE_SCOPE = 1 << 63
+ABSENCE_SLOTS = 1 << 15
+_WORD_MASK = (1 << 64) - 1
 _WORDS = struct.Struct("=6Q")
-_ABSENCE_KEY = struct.Struct("=QQ")
+_WORD = struct.Struct("=Q")
 
 
-def absence_key_of_cookie(cookie: int) -> bytes:
-    """``struct absence_key`` for a socket."""
-    return _ABSENCE_KEY.pack(cookie, 0)
+def hash_of_cookie(cookie: int) -> int:
+    """What stands for a socket in the maps ``absences`` and ``older``."""
+    return _mixed(0, cookie)
 
 
-def absence_key_of_tuple(key: bytes) -> bytes:
-    """``struct absence_key`` for a packed ``struct tuple``: tuple_absence() in bpf/core.h."""
-    words: tuple[int, ...] = _WORDS.unpack(key)
-    subject = 0
-    for word in words:
-        subject = (subject ^ word) * 0x9E3779B97F4A7C15 & _MASK
-        subject ^= subject >> 32
-    return _ABSENCE_KEY.pack(subject, words[0] | _TUPLE_SCOPE)
+def hash_of_tuple(key: bytes) -> int:
+    """What stands there for a packed ``struct tuple``: hash_of_tuple() in bpf/core.h."""
+    subject = 1
+    for word in _WORDS.unpack(key):
+        subject = _mixed(subject, word)
+    return subject
+
+
+def absence_slot(subject: int) -> bytes:
+    """Key of a hash in the map ``absences``."""
+    return (subject >> 2 & (ABSENCE_SLOTS - 1)).to_bytes(4, sys.byteorder)
+
+
+def absence_reason(value: bytes, subject: int) -> str | None:
+    """The reason in a slot of ``absences``, if it is that subject's."""
+    absence: int = _WORD.unpack(value)[0]
+    return None if (absence ^ subject) >> 2 else ABSENCES.get(absence & 3)
+
+
+def older_key(subject: int) -> bytes:
+    """Key of a hash in the map ``older``."""
+    return _WORD.pack(subject)
+
+
+def _mixed(subject: int, word: int) -> int:
+    subject = (subject ^ word) * 0x9E3779B97F4A7C15 & _WORD_MASK
+    return subject ^ subject >> 32
 
 
 @dataclass(frozen=True, slots=True)

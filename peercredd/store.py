@@ -125,7 +125,7 @@ class Store:
                 return Reason.OLDER_THAN_CAPTURE
             if answer.client_socket_cookie == cookie:
                 return answer
-        return self._absence(records.absence_key_of_cookie(cookie))
+        return self._absence(records.hash_of_cookie(cookie))
 
     def find_by_tuple(
         self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
@@ -145,9 +145,9 @@ class Store:
         for key, asker_is_server in ((as_server, True), (as_client, False)):
             if data := self._newest(key):
                 return _answer(data, asker_is_server) or Reason.OLDER_THAN_CAPTURE
-        reason = self._absence(records.absence_key_of_tuple(as_server))
+        reason = self._absence(records.hash_of_tuple(as_server))
         if reason is Reason.NEVER_SEEN:
-            reason = self._absence(records.absence_key_of_tuple(as_client))
+            reason = self._absence(records.hash_of_tuple(as_client))
         return reason
 
     def server_cookies(self) -> list[int]:
@@ -194,10 +194,11 @@ class Store:
             return data
         return None
 
-    def _absence(self, key: bytes) -> Reason:
-        if value := self._absences.lookup(key):
-            return Reason(records.ABSENCES[int.from_bytes(value, sys.byteorder)])
-        if self._older.lookup(key):
+    def _absence(self, subject: int) -> Reason:
+        slot = self._absences.lookup(records.absence_slot(subject))
+        if slot and (reason := records.absence_reason(slot, subject)):
+            return Reason(reason)
+        if self._older.lookup(records.older_key(subject)):
             return Reason.OLDER_THAN_CAPTURE
         return Reason.NEVER_SEEN
 
