@@ -103,14 +103,17 @@ static __always_inline void note_absence(u64 cookie, struct tuple *tuple, u64 re
     note_absence_of(hash_of_tuple(tuple), reason);
 }
 
-static __always_inline void drop_record(enum drop reason, u64 cookie, struct tuple *tuple)
+/* Of the two ends, `server_cookie` may not be born yet: 0. */
+static __always_inline void drop_record(enum drop reason, u64 client_cookie, u64 server_cookie,
+                                        struct tuple *tuple)
 {
+    u64 absence = reason == DROP_PENDING_FULL || reason == DROP_CONNECTIONS_FULL ||
+                          reason == DROP_INDEX_FULL
+                      ? ABSENT_TABLE_WAS_FULL
+                      : ABSENT_NOT_RECORDED;
     count_drop(reason);
-    note_absence(cookie, tuple,
-                 reason == DROP_PENDING_FULL || reason == DROP_CONNECTIONS_FULL ||
-                         reason == DROP_INDEX_FULL
-                     ? ABSENT_TABLE_WAS_FULL
-                     : ABSENT_NOT_RECORDED);
+    note_absence(client_cookie, tuple, absence);
+    note_absence_of(mixed(0, server_cookie), absence);
 }
 
 /* ---- retire ---- */
@@ -298,7 +301,7 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool 
         return true;
     /* What an earlier connect() of the same tuple left must not answer for this. */
     pending.delete(&tuple);
-    drop_record(reason, cookie, &tuple);
+    drop_record(reason, cookie, 0, &tuple);
     return false;
 }
 
@@ -362,11 +365,12 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
         return false;
     }
     if (entry->initial_sequence + 1 != LOAD(u32, socket, tcp_rcv_nxt)) {
-        drop_record(DROP_OTHER_SYN, server_cookie, &tuple);
+        drop_record(DROP_OTHER_SYN, 0, server_cookie, &tuple);
         return false;
     }
 
     enum drop reason;
+    u64 client_cookie = entry->client_cookie;
     struct connection *empty = empty_connection.lookup(&zero);
     struct server_socket *server =
         server_sockets.sk_storage_get(storage, 0, BPF_SK_STORAGE_GET_F_CREATE);
@@ -398,6 +402,6 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
 
 dropped:
     pending.delete(&tuple);
-    drop_record(reason, server_cookie, &tuple);
+    drop_record(reason, client_cookie, server_cookie, &tuple);
     return false;
 }

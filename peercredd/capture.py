@@ -5,7 +5,6 @@ Only the loader imports this module: BCC brings LLVM into the process.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import os
 import re
@@ -226,18 +225,23 @@ def load(max_connections: int, max_pending: int) -> Capture:
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     with compiler_messages() as messages:
         try:
-            bcc = BPF(text=source_text(sources, "cgroup.c"), cflags=flags)
-            programs = {
-                program: bcc.load_func(
-                    program.name.encode(), program.program_type, attach_type=program.attach_type
-                ).fd
-                for program in CGROUP_PROGRAMS
-            }
+            bcc = BPF(text=source_text(sources, "cgroup.c").encode(), cflags=flags)
         except Exception as error:
             raise KernelError(
-                ctypes.get_errno() or errno.EINVAL, f"{error}: {summary(messages())}"
+                errno.EINVAL, f"BCC cannot compile the BPF programs: {summary(messages())}"
             ) from error
-    maps = {name: bcc[name].map_fd for name in MAPS}
+        programs = {}
+        for program in CGROUP_PROGRAMS:
+            try:
+                loaded = bcc.load_func(
+                    program.name.encode(), program.program_type, attach_type=program.attach_type
+                )
+            except Exception as error:
+                raise KernelError(
+                    errno.EINVAL, f"the kernel refuses {program.name}: {summary(messages())}"
+                ) from error
+            programs[program] = loaded.fd
+    maps = {name: bcc[name.encode()].map_fd for name in MAPS}
     return Capture(programs, maps, missing, bcc)
 
 

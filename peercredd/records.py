@@ -128,7 +128,7 @@ def hash_of_cookie(cookie: int) -> int:
 
 
 def hash_of_tuple(key: bytes) -> int:
-    """What stands there for a packed ``struct tuple``: hash_of_tuple() in bpf/core.h."""
+    """What stands there for a packed ``struct tuple``, as in bpf/core.h."""
     subject = 1
     for word in _WORDS.unpack(key):
         subject = _mixed(subject, word)
