@@ -17,9 +17,11 @@ class NotFound(PeerCredError):  # noqa: N818 - reads as the answer it is
     - ``TABLE_WAS_FULL``: it was seen, and there was no room to record it.
     - ``RETIRED``: it was recorded, and both ends have been closed since.
     - ``NOT_LOCAL``: its other end is not on this host.
+    - ``""``: the daemon did not say.
     """
 
-    def __init__(self, message: str, reason: str) -> None:
+    # The default is for pickle, which makes the error from its text and then sets the rest.
+    def __init__(self, message: str, reason: str = "") -> None:
         super().__init__(message)
         self.reason = reason
 

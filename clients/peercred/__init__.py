@@ -1,0 +1,52 @@
+"""Who is at the other end of a localhost TCP connection, as peercredd knows it.
+
+    with peercred.Client() as client:
+        peer = client.lookup(accepted_socket)
+        print(peer.uid, peer.gid, peer.pid)
+
+The daemon must run; this library needs neither root nor BCC.
+"""
+
+from peercred.aio import AsyncClient
+from peercred.client import Client
+from peercred.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    PeerCredError,
+    Refused,
+    Unavailable,
+)
+from peercred.types import (
+    Attachment,
+    Basis,
+    Connection,
+    Credentials,
+    Drop,
+    End,
+    Endpoint,
+    PeerCredentials,
+    Status,
+    Table,
+)
+
+__all__ = [
+    "AsyncClient",
+    "Attachment",
+    "Basis",
+    "Client",
+    "Connection",
+    "Credentials",
+    "DeadlineExceeded",
+    "Drop",
+    "End",
+    "Endpoint",
+    "InvalidArgument",
+    "NotFound",
+    "PeerCredError",
+    "PeerCredentials",
+    "Refused",
+    "Status",
+    "Table",
+    "Unavailable",
+]

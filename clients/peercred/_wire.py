@@ -1,0 +1,388 @@
+"""Questions and answers on the wire: sockets to keys, messages to types, statuses to errors.
+
+Shared by the blocking and the asyncio client; nothing in here waits.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+import sys
+from collections.abc import Iterable, Iterator
+from datetime import UTC
+from ipaddress import IPv6Address, ip_address
+from itertools import islice
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import grpc
+from google.rpc import code_pb2
+from google.rpc.error_details_pb2 import ErrorInfo
+from google.rpc.status_pb2 import Status as RpcStatus
+from grpc_status import rpc_status
+
+from peercred._address import why_silent
+from peercred.errors import (
+    DeadlineExceeded,
+    InvalidArgument,
+    NotFound,
+    PeerCredError,
+    Refused,
+    Unavailable,
+)
+from peercred.types import (
+    Attachment,
+    Basis,
+    Connection,
+    Credentials,
+    Drop,
+    End,
+    Endpoint,
+    PeerCredentials,
+    Status,
+    Table,
+)
+from peercred.v1 import peer_credentials_pb2 as pb
+
+if TYPE_CHECKING:
+    from asyncio.trsock import TransportSocket
+
+Socket: TypeAlias = "socket.socket | TransportSocket"
+Address: TypeAlias = Endpoint | tuple[str, int] | tuple[str, int, int, int]
+"""One end of a connection, as getsockname() gives it or as an Endpoint."""
+Question: TypeAlias = "Socket | tuple[Address, Address]"
+Answer: TypeAlias = PeerCredentials | PeerCredError
+
+MAX_KEYS = 1000
+"""Keys that one BatchLookup takes."""
+
+# asm-generic/socket.h; the socket module has neither.
+_SO_COOKIE = 57
+_SO_NETNS_COOKIE = 71
+
+_ENDS = {pb.END_CLIENT: End.CLIENT, pb.END_SERVER: End.SERVER}
+_BASES = {pb.BASIS_SOCKET: Basis.SOCKET, pb.BASIS_TUPLE: Basis.TUPLE}
+
+
+def key_of_socket(sock: Socket) -> pb.ConnectionKey:
+    """Return the key of the connection that `sock` is one end of.
+
+    A TCP socket is named by its cookie and, as a cross-check, by its addresses. The cookie of an
+    MPTCP socket is not that of the subflow the kernel recorded, so only the addresses name it. A
+    socket that the other end reset has no peer address any more: only its cookie names it.
+
+    Raises:
+        InvalidArgument: `sock` is closed, listening, or no TCP socket.
+
+    """
+    try:
+        protocol = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL)
+        is_stream = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
+        if protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_MPTCP) or not is_stream:
+            raise InvalidArgument(
+                f"the socket is no TCP socket: {sock.family!r}, {sock.type!r}", "sock"
+            )
+        key = pb.ConnectionKey()
+        if protocol == socket.IPPROTO_TCP:
+            key.socket_cookie = _cookie(sock, _SO_COOKIE)
+        try:
+            remote = sock.getpeername()
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:
+                raise
+            if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+                raise InvalidArgument(
+                    "the socket listens: ask with a socket that accept() returned", "sock"
+                ) from None
+            if protocol == socket.IPPROTO_MPTCP:
+                raise _not_connected() from None
+            return key
+        local = sock.getsockname()
+        key.netns_cookie = _cookie(sock, _SO_NETNS_COOKIE)
+    except OSError as error:
+        if error.errno == errno.EBADF:
+            raise InvalidArgument("the socket is closed", "sock") from None
+        raise InvalidArgument(f"the socket cannot be asked: {error.strerror}", "sock") from error
+    key.local.address, key.local.port = local[:2]
+    key.remote.address, key.remote.port = remote[:2]
+    return key
+
+
+def key_of_cookie(cookie: int, netns_cookie: int | None) -> pb.ConnectionKey:
+    """Return the key of the connection that the socket with that SO_COOKIE is one end of.
+
+    Raises:
+        InvalidArgument: A cookie is no unsigned 64 bit number.
+
+    """
+    key = pb.ConnectionKey()
+    _set(key, "socket_cookie", cookie, "cookie")
+    _set(key, "netns_cookie", netns_cookie, "netns_cookie")
+    return key
+
+
+def key_of_tuple(
+    local: Address, remote: Address, netns_cookie: int | None = None
+) -> pb.ConnectionKey:
+    """Return the key of the newest connection between `local` and `remote`.
+
+    Raises:
+        InvalidArgument: An argument has not the shape of what it should be.
+
+    """
+    key = pb.ConnectionKey()
+    _set_endpoint(key.local, local, "local")
+    _set_endpoint(key.remote, remote, "remote")
+    _set(key, "netns_cookie", netns_cookie, "netns_cookie")
+    return key
+
+
+def list_request(
+    client_uid: int | None, server_port: int | None, netns_cookie: int | None
+) -> pb.ListConnectionsRequest:
+    """Return the request for all connections that pass the filters.
+
+    Raises:
+        InvalidArgument: A filter is out of its range.
+
+    """
+    request = pb.ListConnectionsRequest()
+    _set(request, "client_uid", client_uid, "client_uid")
+    _set(request, "server_port", server_port, "server_port")
+    _set(request, "netns_cookie", netns_cookie, "netns_cookie")
+    return request
+
+
+class Batch:
+    """Up to MAX_KEYS questions. Those that cannot be asked are answered at once, by their error."""
+
+    def __init__(self, questions: Iterable[Question]) -> None:
+        self._keys: list[pb.ConnectionKey | InvalidArgument] = []
+        for question in questions:
+            try:
+                self._keys.append(_key_of_question(question))
+            except InvalidArgument as error:
+                self._keys.append(error)
+
+    @property
+    def request(self) -> pb.BatchLookupRequest:
+        """What to send; without keys there is nothing to ask."""
+        return pb.BatchLookupRequest(
+            keys=[key for key in self._keys if isinstance(key, pb.ConnectionKey)]
+        )
+
+    def answers(self, response: pb.BatchLookupResponse) -> Iterator[Answer]:
+        """Yield the answers in the order of the questions.
+
+        Raises:
+            PeerCredError: There are not as many results as there were keys.
+
+        """
+        asked = sum(isinstance(key, pb.ConnectionKey) for key in self._keys)
+        if len(response.results) != asked:
+            raise PeerCredError(
+                f"the daemon gave {len(response.results)} answers to {asked} questions"
+            )
+        results = iter(response.results)
+        for key in self._keys:
+            yield key if isinstance(key, InvalidArgument) else _answer(key, next(results))
+
+
+def batches(questions: Iterable[Question]) -> Iterator[Batch]:
+    """Cut `questions` into what one BatchLookup takes."""
+    remaining = iter(questions)
+    while chunk := list(islice(remaining, MAX_KEYS)):
+        yield Batch(chunk)
+
+
+def peer_credentials(response: pb.LookupResponse) -> PeerCredentials:
+    """Decode the answer to one lookup.
+
+    Raises:
+        PeerCredError: It lacks what no answer may lack.
+
+    """
+    try:
+        peer_end, basis = _ENDS[response.peer_end], _BASES[response.basis]
+    except KeyError:
+        raise PeerCredError(
+            "the daemon's answer does not say which end it is about and what it rests on: "
+            "upgrade this library to the daemon's version"
+        ) from None
+    return PeerCredentials(
+        **_fields(response.peer),
+        peer_end=peer_end,
+        basis=basis,
+        server_socket_cookie=response.server_socket_cookie,
+        client_socket_cookie=response.client_socket_cookie,
+        netns_cookie=response.netns_cookie,
+        established_time_ns=response.established_time_ns,
+    )
+
+
+def connection(message: pb.Connection) -> Connection:
+    """Decode one recorded connection.
+
+    Raises:
+        PeerCredError: It lacks what no connection may lack.
+
+    """
+    return Connection(
+        client_endpoint=_endpoint(message.client_endpoint),
+        server_endpoint=_endpoint(message.server_endpoint),
+        client=Credentials(**_fields(message.client)),
+        listener=Credentials(**_fields(message.listener)) if message.HasField("listener") else None,
+        server_socket_cookie=message.server_socket_cookie,
+        client_socket_cookie=message.client_socket_cookie,
+        listener_socket_cookie=(
+            message.listener_socket_cookie if message.HasField("listener_socket_cookie") else None
+        ),
+        netns_cookie=message.netns_cookie,
+        established_time_ns=message.established_time_ns,
+    )
+
+
+def status(response: pb.GetStatusResponse) -> Status:
+    """Decode what the daemon says of itself."""
+    return Status(
+        version=response.version,
+        hook_set=response.hook_set,
+        kernel_release=response.kernel_release,
+        cgroup=response.cgroup,
+        capture_start_time=response.capture_start_time.ToDatetime(tzinfo=UTC),
+        capture_start_time_ns=response.capture_start_time_ns,
+        tables=tuple(Table(t.name, t.entries, t.max_entries) for t in response.tables),
+        drops=tuple(Drop(d.reason, d.count, d.description) for d in response.drops),
+        missing_fields=tuple(response.missing_fields),
+        attachments=tuple(Attachment(a.program, a.attached) for a in response.attachments),
+        daemon_pid=response.daemon_pid,
+        netns_cookie=response.netns_cookie,
+    )
+
+
+def error_of_call(error: grpc.RpcError, address: str, timeout: float) -> PeerCredError:
+    """Return what a failed call to the daemon at `address` means; `timeout` is in seconds."""
+    # What a call raises is a Call too, though its stubs do not know.
+    answer: RpcStatus | None = rpc_status.from_call(cast(grpc.Call, error))
+    if answer is not None:
+        return _error_of_status(answer)
+    code = error.code()
+    details = error.details() or code.name
+    match code:
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
+            return why_silent(address, details)
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return no_answer_within(address, timeout)
+        case _:
+            return _error_of_status(RpcStatus(code=code.value[0], message=details))
+
+
+def no_answer_within(address: str, timeout: float) -> DeadlineExceeded:
+    """Return the error for a daemon at `address` that took longer than `timeout` seconds."""
+    return DeadlineExceeded(
+        f"the daemon at {address} did not answer within {timeout:g} s: "
+        "see whether it is overloaded or stopped, or give a longer timeout"
+    )
+
+
+def error_of_lookup(key: pb.ConnectionKey, error: PeerCredError) -> PeerCredError:
+    """Return what `error` means for the socket that `key` was taken from.
+
+    One without a peer address may have been reset, and is found; if it was never seen either, it
+    never was connected.
+    """
+    if isinstance(error, NotFound) and error.reason == "NEVER_SEEN" and not key.HasField("remote"):
+        return _not_connected()
+    return error
+
+
+def _not_connected() -> InvalidArgument:
+    return InvalidArgument("the socket is not connected", "sock")
+
+
+def _cookie(sock: Socket, option: int) -> int:
+    return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, option, 8), sys.byteorder)
+
+
+def _key_of_question(question: Question) -> pb.ConnectionKey:
+    if not isinstance(question, tuple):
+        return key_of_socket(question)
+    if len(question) != 2:
+        raise InvalidArgument(f"no (local, remote) pair: {question!r}", "questions")
+    return key_of_tuple(*question)
+
+
+def _set_endpoint(message: pb.Endpoint, end: Address, name: str) -> None:
+    if isinstance(end, Endpoint):
+        end = (str(end.address), end.port)
+    try:
+        message.address, message.port, *_ = end
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{name} is no (address, port) pair: {end!r}", name) from error
+
+
+def _set(
+    message: pb.ConnectionKey | pb.ListConnectionsRequest, field: str, number: int | None, name: str
+) -> None:
+    if number is None:
+        return
+    try:
+        setattr(message, field, number)
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"{name} is out of range: {number!r}", name) from error
+
+
+def _answer(key: pb.ConnectionKey, result: pb.LookupResult) -> Answer:
+    match result.WhichOneof("result"):
+        case "found":
+            try:
+                return peer_credentials(result.found)
+            except PeerCredError as error:
+                return error
+        case "error":
+            return error_of_lookup(key, _error_of_status(result.error))
+        case _:
+            return PeerCredError("the daemon's answer is empty")
+
+
+def _error_of_status(answer: RpcStatus) -> PeerCredError:
+    info = ErrorInfo()
+    for detail in answer.details:
+        if detail.Unpack(info):
+            break
+    match answer.code:
+        case code_pb2.NOT_FOUND:
+            return NotFound(answer.message, info.reason)
+        case code_pb2.INVALID_ARGUMENT:
+            return InvalidArgument(answer.message, info.metadata["field"])
+        case code_pb2.UNAVAILABLE:
+            return Unavailable(answer.message)
+        case code_pb2.DEADLINE_EXCEEDED:
+            return DeadlineExceeded(answer.message)
+        case code_pb2.PERMISSION_DENIED | code_pb2.UNAUTHENTICATED:
+            return Refused(answer.message)
+        case code:
+            name = code_pb2.Code.Name(code)
+            return PeerCredError(f"the daemon failed with {name}: {answer.message}")
+
+
+def _fields(message: pb.Credentials) -> dict[str, Any]:
+    # ListFields leaves out what is absent; the fields have one name here and on the wire.
+    fields = {field.name: value for field, value in message.ListFields()}
+    for name in ("pid", "uid", "gid"):
+        if name not in fields:
+            raise PeerCredError(f"the daemon's answer has no {name}: unknown, which is not 0")
+    if "groups" in fields:
+        fields["groups"] = tuple(fields["groups"])
+    if "comm" in fields:
+        fields["comm"] = fields["comm"].decode("utf-8", "backslashreplace")
+    return fields
+
+
+def _endpoint(message: pb.Endpoint) -> Endpoint:
+    try:
+        address = ip_address(message.address)
+    except ValueError as error:
+        raise PeerCredError(f"the daemon's answer has no address: {error}") from error
+    if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
+        address = address.ipv4_mapped
+    return Endpoint(address, message.port)

@@ -1,0 +1,155 @@
+"""The asyncio client."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+import grpc.aio
+
+from peercred import _address, _wire
+from peercred.errors import InvalidArgument, PeerCredError
+from peercred.types import Connection, PeerCredentials, Status
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class AsyncClient:
+    """The twin of `Client` for asyncio: the same questions, answers and errors.
+
+    Make it inside the event loop that will use it; any number of that loop's tasks may ask at the
+    same time. ``writer.get_extra_info("socket")`` is a socket it can be asked about.
+
+    Args:
+        address: Where the daemon is, in gRPC's syntax (``unix:/path``). Without it, the
+            environment's PEERCRED_ADDRESS, else ``unix:/run/peercredd/peercredd.sock``.
+        timeout: Seconds to wait for each answer of the daemon.
+
+    Raises:
+        InvalidArgument: The address or the timeout makes no sense.
+        PeerCredError: No event loop runs.
+
+    """
+
+    def __init__(self, address: str | None = None, *, timeout: float = 5.0) -> None:
+        if not timeout > 0:
+            raise InvalidArgument(f"timeout must be more than 0 seconds: {timeout!r}", "timeout")
+        self.address = _address.resolve(address)
+        self.timeout = timeout
+        try:
+            asyncio.get_running_loop()
+        except RuntimeError:
+            raise PeerCredError(
+                "no event loop runs: make an AsyncClient inside the coroutine that uses it"
+            ) from None
+        self._closed = False
+        self._channel = grpc.aio.insecure_channel(
+            self.address, options=_address.channel_options(self.address)
+        )
+        self._stub = PeerCredentialsStub(self._channel)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Close the connection to the daemon; calls under way in other tasks fail."""
+        self._closed = True
+        await self._channel.close()
+
+    async def lookup(self, sock: _wire.Socket) -> PeerCredentials:
+        """Who is at the other end of `sock`; see `Client.lookup`."""
+        key = _wire.key_of_socket(sock)
+        try:
+            return await self._lookup(key)
+        except PeerCredError as error:
+            raise _wire.error_of_lookup(key, error) from error.__cause__
+
+    async def lookup_cookie(self, cookie: int, netns_cookie: int | None = None) -> PeerCredentials:
+        """Who is at the other end of the socket with that cookie; see `Client.lookup_cookie`."""
+        return await self._lookup(_wire.key_of_cookie(cookie, netns_cookie))
+
+    async def lookup_tuple(
+        self, local: _wire.Address, remote: _wire.Address, netns_cookie: int | None = None
+    ) -> PeerCredentials:
+        """Who is at the other end of that connection; see `Client.lookup_tuple`."""
+        return await self._lookup(_wire.key_of_tuple(local, remote, netns_cookie))
+
+    async def lookup_many(self, questions: Iterable[_wire.Question]) -> list[_wire.Answer]:
+        """Who is at the other end of each; see `Client.lookup_many`."""
+        answers: list[_wire.Answer] = []
+        for batch in _wire.batches(questions):
+            answers += batch.answers(await self._call(self._stub.BatchLookup, batch.request))
+        return answers
+
+    def connections(
+        self,
+        *,
+        client_uid: int | None = None,
+        server_port: int | None = None,
+        netns_cookie: int | None = None,
+    ) -> AsyncIterator[Connection]:
+        """Iterate over recorded connections; see `Client.connections`."""
+        return self._connections(_wire.list_request(client_uid, server_port, netns_cookie))
+
+    async def status(self) -> Status:
+        """Return what the daemon says of itself; see `Client.status`."""
+        return _wire.status(await self._call(self._stub.GetStatus, pb.GetStatusRequest()))
+
+    async def _lookup(self, key: pb.ConnectionKey) -> PeerCredentials:
+        response = await self._call(self._stub.Lookup, pb.LookupRequest(key=key))
+        return _wire.peer_credentials(response)
+
+    async def _call(
+        self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+    ) -> _Response:
+        with self._typed_errors():
+            return await method(request, timeout=self.timeout)
+
+    async def _connections(self, request: pb.ListConnectionsRequest) -> AsyncIterator[Connection]:
+        with self._typed_errors():
+            call = self._stub.ListConnections(request)
+        try:
+            responses = aiter(call)
+            while True:
+                with self._typed_errors():
+                    # A deadline of the call would run while the reader is busy with what it got.
+                    async with asyncio.timeout(self.timeout):
+                        response = await anext(responses, None)
+                if response is None:
+                    return
+                for message in response.connections:
+                    yield _wire.connection(message)
+        finally:
+            call.cancel()
+
+    @contextmanager
+    def _typed_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            raise _wire.error_of_call(error, self.address, self.timeout) from error
+        except TimeoutError as error:
+            raise _wire.no_answer_within(self.address, self.timeout) from error
+        except grpc.aio.UsageError as error:
+            raise PeerCredError("the client is closed: make a new one") from error
+        except asyncio.CancelledError as error:
+            # Calls on a channel that closes end as if somebody had cancelled their tasks.
+            task = asyncio.current_task()
+            if self._closed and task is not None and not task.cancelling():
+                raise PeerCredError("the client was closed during the call") from error
+            raise

@@ -1,0 +1,206 @@
+"""The blocking client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+import grpc
+
+from peercred import _address, _wire
+from peercred.errors import InvalidArgument, PeerCredError
+from peercred.types import Connection, PeerCredentials, Status
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
+
+_Request = TypeVar("_Request")
+_Response = TypeVar("_Response")
+
+
+class Client:
+    """Asks the daemon who is at the other end of a localhost TCP connection.
+
+    Cheap to make: it connects at the first question, and again after the daemon was restarted. One
+    client serves any number of threads.
+
+    Fork first, then make clients: gRPC's threads stay behind in the parent. gRPC repairs itself in
+    the child unless a call is under way in another thread at that moment, or the environment has
+    GRPC_ENABLE_FORK_SUPPORT=0; then every call in the child hangs, whatever the timeout.
+
+    Args:
+        address: Where the daemon is, in gRPC's syntax (``unix:/path``). Without it, the
+            environment's PEERCRED_ADDRESS, else ``unix:/run/peercredd/peercredd.sock``.
+        timeout: Seconds to wait for each answer of the daemon.
+
+    Every method raises `Unavailable` where no daemon answers (`DeadlineExceeded` where it does not
+    in time), `Refused` where you may not ask, and `PeerCredError` for an answer that lacks what it
+    must have or on a closed client.
+
+    Raises:
+        InvalidArgument: The address or the timeout makes no sense.
+
+    """
+
+    def __init__(self, address: str | None = None, *, timeout: float = 5.0) -> None:
+        if not timeout > 0:
+            raise InvalidArgument(f"timeout must be more than 0 seconds: {timeout!r}", "timeout")
+        self.address = _address.resolve(address)
+        self.timeout = timeout
+        self._closed = False
+        self._channel = grpc.insecure_channel(
+            self.address, options=_address.channel_options(self.address)
+        )
+        self._stub = PeerCredentialsStub(self._channel)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exception_type: type[BaseException] | None,
+        exception: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the connection to the daemon; calls under way in other threads fail."""
+        self._closed = True
+        self._channel.close()
+
+    def lookup(self, sock: _wire.Socket) -> PeerCredentials:
+        """Who is at the other end of `sock`, a connected TCP socket of this process.
+
+        Asked at the accepting end, who called connect(); at the connecting end, who called
+        listen().
+
+        Raises:
+            NotFound: Nothing is known of that connection; the reason says why.
+            InvalidArgument: The socket is closed, not connected, listening, or no TCP socket.
+
+        """
+        key = _wire.key_of_socket(sock)
+        try:
+            return self._lookup(key)
+        except PeerCredError as error:
+            raise _wire.error_of_lookup(key, error) from error.__cause__
+
+    def lookup_cookie(self, cookie: int, netns_cookie: int | None = None) -> PeerCredentials:
+        """Who is at the other end of the socket with that SO_COOKIE.
+
+        Raises:
+            NotFound: Nothing is known of that connection; the reason says why.
+            InvalidArgument: A cookie is out of range, or the two do not belong together.
+
+        """
+        return self._lookup(_wire.key_of_cookie(cookie, netns_cookie))
+
+    def lookup_tuple(
+        self, local: _wire.Address, remote: _wire.Address, netns_cookie: int | None = None
+    ) -> PeerCredentials:
+        """Who is at the other end of the newest connection between `local` and `remote`.
+
+        Args:
+            local: getsockname() of the asking end.
+            remote: getpeername() of the asking end.
+            netns_cookie: SO_NETNS_COOKIE of the asking end; without it, the daemon's own network
+                namespace is meant.
+
+        Raises:
+            NotFound: Nothing is known of that connection; the reason says why.
+            InvalidArgument: These cannot be the two ends of a connection.
+
+        """
+        return self._lookup(_wire.key_of_tuple(local, remote, netns_cookie))
+
+    def lookup_many(self, questions: Iterable[_wire.Question]) -> list[_wire.Answer]:
+        """Who is at the other end of each: a socket, or a (local, remote) pair.
+
+        Returns the answers in the order of the questions. One that fails stands in its place as
+        the error that `lookup` or `lookup_tuple` would have raised, and does not fail the others.
+        The daemon is asked once for every 1,000.
+        """
+        answers: list[_wire.Answer] = []
+        for batch in _wire.batches(questions):
+            answers += batch.answers(self._call(self._stub.BatchLookup, batch.request))
+        return answers
+
+    def connections(
+        self,
+        *,
+        client_uid: int | None = None,
+        server_port: int | None = None,
+        netns_cookie: int | None = None,
+    ) -> Iterator[Connection]:
+        """Yield all recorded connections that pass the filters.
+
+        Which ones is fixed when the iteration starts; one that ends meanwhile may be left out, and
+        none comes twice. The timeout is for each part the daemon sends, not for the reader.
+
+        Args:
+            client_uid: Only those whose client had this effective user id.
+            server_port: Only those to this port.
+            netns_cookie: Only those in this network namespace.
+
+        Raises:
+            InvalidArgument: A filter is out of its range.
+
+        """
+        return self._connections(_wire.list_request(client_uid, server_port, netns_cookie))
+
+    def status(self) -> Status:
+        """Return what the daemon says of itself: its version, its tables, what it had to drop."""
+        return _wire.status(self._call(self._stub.GetStatus, pb.GetStatusRequest()))
+
+    def _lookup(self, key: pb.ConnectionKey) -> PeerCredentials:
+        return _wire.peer_credentials(self._call(self._stub.Lookup, pb.LookupRequest(key=key)))
+
+    def _call(
+        self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
+    ) -> _Response:
+        with self._typed_errors():
+            return method(request, timeout=self.timeout)
+
+    def _connections(self, request: pb.ListConnectionsRequest) -> Iterator[Connection]:
+        with self._typed_errors():
+            call = self._stub.ListConnections(request)
+        overdue = threading.Event()
+
+        def give_up() -> None:
+            overdue.set()
+            call.cancel()
+
+        try:
+            while True:
+                # A deadline of the call would run while the reader is busy with what it got.
+                watchdog = threading.Timer(self.timeout, give_up)
+                watchdog.daemon = True
+                watchdog.start()
+                try:
+                    with self._typed_errors():
+                        response = next(call, None)
+                except PeerCredError as error:
+                    if overdue.is_set():
+                        raise _wire.no_answer_within(self.address, self.timeout) from error
+                    raise
+                finally:
+                    watchdog.cancel()
+                if response is None:
+                    return
+                yield from map(_wire.connection, response.connections)
+        finally:
+            call.cancel()
+
+    @contextmanager
+    def _typed_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except grpc.RpcError as error:
+            if self._closed and error.code() is grpc.StatusCode.CANCELLED:
+                raise PeerCredError("the client was closed during the call") from error
+            raise _wire.error_of_call(error, self.address, self.timeout) from error
+        except ValueError as error:
+            raise PeerCredError("the client is closed: make a new one") from error
