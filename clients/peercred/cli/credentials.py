@@ -1,0 +1,105 @@
+"""Credentials for people (rows) and for programs (a document)."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from datetime import datetime
+
+from peercred import Credentials, End, PeerCredentials
+from peercred.cli.display import print_json, print_table
+from peercred.cli.names import group_name, user_name
+
+UNKNOWN = "unknown"
+
+ENDS = {
+    End.CLIENT: "client (called connect)",
+    End.SERVER: "server (called listen)",
+}
+
+
+def print_peer(peer: PeerCredentials, *, as_json: bool) -> None:
+    """Print the answer to one lookup."""
+    if as_json:
+        print_json(document(peer))
+    else:
+        print_table(list(_rows(peer)))
+
+
+def document(credentials: Credentials) -> dict[str, object]:
+    """Every field under its own name, unknown ones None; names of ids beside them."""
+    fields = asdict(credentials)
+    return {
+        **{name: fields.pop(name) for name in ("pid", "uid", "gid")},
+        "uid_name": user_name(credentials.uid),
+        "gid_name": group_name(credentials.gid),
+        **fields,
+    }
+
+
+def _rows(peer: PeerCredentials) -> Iterator[tuple[str, str]]:
+    yield "peer", ENDS[peer.peer_end]
+    yield "answer rests on", f"the {peer.basis.value}"
+    yield "command", UNKNOWN if peer.comm is None else peer.comm
+    yield "pid", str(peer.pid)
+    yield "thread", _number(peer.tid)
+    yield "user", _user(peer.uid)
+    yield "group", _group(peer.gid)
+    yield "real ids", _ids(peer.real_uid, peer.real_gid)
+    yield "saved ids", _ids(peer.saved_uid, peer.saved_gid)
+    yield "file system ids", _ids(peer.filesystem_uid, peer.filesystem_gid)
+    yield "groups", _groups(peer)
+    yield "capabilities", _capabilities(peer.effective_capabilities)
+    yield "no new privileges", _yes_or_no(peer.no_new_privs)
+    yield "login user", _user(peer.login_uid)
+    yield "audit session", _number(peer.audit_session_id)
+    yield "cgroup id", _number(peer.cgroup_id)
+    yield "pid namespace", _number(peer.pid_namespace)
+    yield "user namespace", _number(peer.user_namespace)
+    yield "network namespace", f"{_number(peer.network_namespace)} (cookie {peer.netns_cookie})"
+    yield "process started", _since_boot(peer.process_start_time_ns)
+    yield "recorded", _since_boot(peer.time_ns)
+    yield "established", _since_boot(peer.established_time_ns)
+    yield "client socket", f"cookie {peer.client_socket_cookie}"
+    yield "server socket", f"cookie {peer.server_socket_cookie}"
+
+
+def _number(value: int | None) -> str:
+    return UNKNOWN if value is None else str(value)
+
+
+def _user(uid: int | None) -> str:
+    return UNKNOWN if uid is None else f"{uid} ({user_name(uid) or 'no name'})"
+
+
+def _group(gid: int | None) -> str:
+    return UNKNOWN if gid is None else f"{gid} ({group_name(gid) or 'no name'})"
+
+
+def _ids(uid: int | None, gid: int | None) -> str:
+    return f"user {_user(uid)}, group {_group(gid)}"
+
+
+def _groups(peer: PeerCredentials) -> str:
+    if peer.group_count is None:
+        return UNKNOWN
+    shown = " ".join(map(_group, peer.groups)) or "none"
+    return f"{shown} (first of {peer.group_count})" if peer.groups_truncated else shown
+
+
+def _capabilities(capabilities: int | None) -> str:
+    # The form of CapEff in /proc/PID/status, which `capsh --decode` reads.
+    return UNKNOWN if capabilities is None else f"{capabilities:016x}"
+
+
+def _yes_or_no(value: bool | None) -> str:
+    return {None: UNKNOWN, True: "yes", False: "no"}[value]
+
+
+def _since_boot(time_ns: int | None) -> str:
+    if time_ns is None:
+        return UNKNOWN
+    boot_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+    moment = datetime.fromtimestamp((boot_ns + time_ns) / 1e9).astimezone()
+    return moment.isoformat(sep=" ", timespec="milliseconds")

@@ -1,0 +1,215 @@
+"""``peercred doctor``: what keeps the daemon from answering here, and what mends it."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from enum import Enum
+from pathlib import Path
+
+import click
+
+from peercred import Client, NotFound, PeerCredError, Refused, Unavailable
+from peercred.cli.display import Styled, print_json, print_table
+from peercred.cli.settings import Settings, common_options, pass_settings
+from peercred.cli.whoami import ask_about_myself
+
+# Inode numbers of the initial namespaces: PID_NS_INIT_INO, USER_NS_INIT_INO of linux/nsfs.h.
+INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
+
+# Seconds. BCC compiles for one or two, on a loaded machine for many more.
+HOST_CHECK_TIMEOUT = 120
+
+MEND_THE_DAEMON = "see 'daemon reachable'"
+MEND_A_WRONG_ANSWER = "trust no answer, and report this with `peercred status --json`"
+
+
+class Outcome(Enum):
+    """What a check found; UNKNOWN is that it could not tell."""
+
+    OK = "ok"
+    FAILED = "failed"
+    UNKNOWN = "unknown"
+
+
+STYLES = {Outcome.OK: "green", Outcome.FAILED: "bold red", Outcome.UNKNOWN: "yellow"}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """What one check found, and what mends it ("" when nothing needs mending)."""
+
+    name: str
+    outcome: Outcome
+    detail: str
+    mend: str = ""
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  sudo peercred doctor
+  sudo peercred doctor --json | jq '.checks[] | select(.outcome != "ok")'"""
+)
+@common_options
+@pass_settings
+@click.pass_context
+def doctor(context: click.Context, settings: Settings) -> None:
+    """Check that all works here, and say what mends the rest.
+
+    Looks at what the daemon needs, and whether it answers correctly. Run it as
+    the user that starts the daemon, usually root. Each check is "ok", "failed"
+    or "unknown" (could not tell). Exit code 0 when all are ok, 1 otherwise.
+
+    With --json: {"ok": true or false, "checks": [{"name", "outcome", "detail",
+    "mend"}, ...]}.
+    """
+    with settings.client() as client, ThreadPoolExecutor() as threads:
+        host = threads.submit(check_host)
+        daemon = [
+            threads.submit(check, client)
+            for check in (check_daemon, check_hooks, check_self_connection)
+        ]
+        checks = [*host.result(), *(check.result() for check in daemon)]
+    healthy = all(check.outcome is Outcome.OK for check in checks)
+    if settings.json:
+        print_json({"ok": healthy, "checks": [asdict(check) for check in checks]})
+    else:
+        _print(checks)
+    context.exit(0 if healthy else 1)
+
+
+def check_host() -> list[Check]:
+    """Ask the daemon's program whether it can run on this host; it alone knows what it needs.
+
+    Privileges, BTF, cgroup v2, bpffs, BCC, and whether the kernel takes the programs.
+    """
+    name = "host"
+    try:
+        # -P: root must not import what lies in the current directory.
+        result = subprocess.run(
+            [sys.executable, "-P", "-m", "peercredd", "check", "--json"],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",
+            timeout=HOST_CHECK_TIMEOUT,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return [
+            Check(
+                name,
+                Outcome.UNKNOWN,
+                f"`peercredd check` said nothing within {HOST_CHECK_TIMEOUT} s",
+                "run `peercredd check` on its own, to see where it stops",
+            )
+        ]
+    try:
+        return [
+            Check(check["name"], Outcome(check["outcome"]), check["detail"], check["mend"])
+            for check in json.loads(result.stdout)["checks"]
+        ]
+    except (ValueError, KeyError, TypeError):
+        reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
+    if "No module named" in reason:
+        return [
+            Check(
+                name,
+                Outcome.FAILED,
+                f"the daemon is not installed with this command ({reason})",
+                "pip install 'peercredd[daemon]'",
+            )
+        ]
+    return [Check(name, Outcome.FAILED, reason, "mend that; `peercredd check` tells more")]
+
+
+def check_daemon(client: Client) -> Check:
+    """See whether a daemon answers."""
+    name = "daemon reachable"
+    try:
+        status = client.status()
+    except (Unavailable, Refused) as error:
+        # Their texts are "what is wrong: what mends it".
+        detail, _, mend = str(error).rpartition(": ")
+        return Check(name, Outcome.FAILED, detail, mend)
+    except PeerCredError as error:
+        return Check(name, Outcome.FAILED, str(error), "see the log: `journalctl -u peercredd`")
+    return Check(name, Outcome.OK, f"version {status.version}, pid {status.daemon_pid}")
+
+
+def check_hooks(client: Client) -> Check:
+    """Ask the daemon whether every BPF program is in its place."""
+    name = "hooks attached"
+    try:
+        attachments = client.status().attachments
+    except PeerCredError:
+        return Check(name, Outcome.UNKNOWN, "the daemon does not say", MEND_THE_DAEMON)
+    lost = [attachment.program for attachment in attachments if not attachment.attached]
+    if lost or not attachments:
+        return Check(
+            name,
+            Outcome.FAILED,
+            f"not attached: {', '.join(lost) or 'any program'}",
+            "restart the daemon: `systemctl restart peercredd`",
+        )
+    return Check(name, Outcome.OK, f"{len(attachments)} programs")
+
+
+def check_self_connection(client: Client) -> Check:
+    """See whether a connection of our own is answered with our own credentials."""
+    name = "self-connection answered"
+    try:
+        peer = ask_about_myself(client)
+    except NotFound as error:
+        return Check(
+            name,
+            Outcome.FAILED,
+            f"nothing is known of it ({error.reason})",
+            "run this in the captured cgroup, which `peercred status` names",
+        )
+    except (Unavailable, Refused):
+        return Check(name, Outcome.UNKNOWN, "the daemon does not say", MEND_THE_DAEMON)
+    except PeerCredError as error:
+        return Check(name, Outcome.FAILED, str(error), MEND_A_WRONG_ANSWER)
+    except OSError as error:
+        return Check(
+            name,
+            Outcome.UNKNOWN,
+            f"this host does not let you connect to itself: {error.strerror}",
+            "bring the loopback interface up: `ip link set lo up`",
+        )
+    form = "pid {}, uid {}, gid {}"
+    answer = form.format(peer.pid, peer.uid, peer.gid)
+    truth = form.format(os.getpid(), os.geteuid(), os.getegid())
+    if answer == truth:
+        return Check(name, Outcome.OK, answer)
+    if not _in_initial_namespaces():
+        return Check(
+            name,
+            Outcome.UNKNOWN,
+            f"{answer}; this container counts {truth}",
+            "run it outside of the container: answers are in numbers of the initial namespaces",
+        )
+    return Check(name, Outcome.FAILED, f"wrong: {answer}; it was {truth}", MEND_A_WRONG_ANSWER)
+
+
+def _in_initial_namespaces() -> bool:
+    return all(
+        Path(f"/proc/self/ns/{name}").stat().st_ino == inode
+        for name, inode in INITIAL_NAMESPACES.items()
+    )
+
+
+def _print(checks: list[Check]) -> None:
+    rows: list[tuple[str | Styled, str, str]] = []
+    for check in checks:
+        outcome = Styled(check.outcome.value, STYLES[check.outcome])
+        rows.append((outcome, check.name, check.detail))
+        if check.mend:
+            rows.append(("", "", f"mend: {check.mend}"))
+    print_table(rows)

@@ -1,0 +1,85 @@
+"""``peercred lookup``: who is at the other end of one connection."""
+
+from __future__ import annotations
+
+import click
+
+from peercred import Endpoint, NotFound
+from peercred.cli.credentials import print_peer
+from peercred.cli.parameters import cookie, endpoint
+from peercred.cli.settings import Settings, common_options, pass_settings
+
+# What helps against each reason of NotFound.
+HINTS = {
+    "NEVER_SEEN": "LOCAL is the asking end's own address, a socket of another network namespace "
+    "needs --netns-cookie, and only what `peercred status` calls the captured cgroup is recorded",
+    "OLDER_THAN_CAPTURE": "let it connect again",
+    "TABLE_WAS_FULL": "close connections, or raise the daemon's limit",
+    "RETIRED": "ask while the socket is open",
+    "NOT_LOCAL": "only connections within this host are recorded",
+}
+
+
+@click.command(
+    epilog="""\b
+Examples:
+  A server on port 8080 asks who its client on port 51000 is:
+    peercred lookup 127.0.0.1:8080 127.0.0.1:51000
+  The client asks who listens there:
+    peercred lookup 127.0.0.1:51000 127.0.0.1:8080
+  The same over IPv6, and only the number:
+    peercred lookup [::1]:8080 [::1]:51000 --json | jq .uid
+  By the cookie that getsockopt(SO_COOKIE) gives, surest of all:
+    peercred lookup --cookie 4711"""
+)
+@click.argument("local", type=endpoint, required=False, metavar="LOCAL")
+@click.argument("remote", type=endpoint, required=False, metavar="REMOTE")
+@click.option(
+    "--cookie",
+    "socket_cookie",
+    type=cookie,
+    metavar="N",
+    help="SO_COOKIE of the asking end's socket.",
+)
+@click.option(
+    "--netns-cookie",
+    type=cookie,
+    metavar="N",
+    help="SO_NETNS_COOKIE of the asking end's socket.  [default: the daemon's own network]",
+)
+@common_options
+@pass_settings
+def lookup(
+    settings: Settings,
+    local: Endpoint | None,
+    remote: Endpoint | None,
+    socket_cookie: int | None,
+    netns_cookie: int | None,
+) -> None:
+    """Show the credentials of the other end of a connection.
+
+    LOCAL and REMOTE are the connection's two addresses as the asking end sees
+    them (getsockname and getpeername). They name the newest connection that
+    has them; a socket cookie, given instead, names one connection for good.
+
+    With --json, "uid_name" and "gid_name" are looked up by this command now;
+    the rest is what the kernel recorded. Unknown is null.
+    """
+    if socket_cookie is not None and local:
+        raise click.UsageError("--cookie excludes LOCAL and REMOTE; give one or the other")
+    if local and remote and local.address.version != remote.address.version:
+        raise click.UsageError(f"{local} and {remote} differ in family; give two of one family")
+    with settings.client() as client:
+        try:
+            if socket_cookie is not None:
+                peer = client.lookup_cookie(socket_cookie, netns_cookie)
+            elif local and remote:
+                peer = client.lookup_tuple(local, remote, netns_cookie)
+            else:
+                raise click.UsageError(
+                    "a connection has two ends; give LOCAL and REMOTE, or --cookie"
+                )
+        except NotFound as error:
+            hint = HINTS.get(error.reason, "see `peercred status`")
+            raise NotFound(f"{error}; {hint}", error.reason) from error
+    print_peer(peer, as_json=settings.json)
