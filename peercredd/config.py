@@ -1,0 +1,271 @@
+"""The configuration: defaults, overridden by a TOML file, overridden by flags."""
+
+from __future__ import annotations
+
+import difflib
+import reprlib
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+
+import msgspec
+
+from peercredd import defaults
+
+
+class ConfigError(Exception):
+    """The configuration cannot be used. One line: where, which option, what is allowed."""
+
+
+_ABSOLUTE = r"/[^\x00-\x1f\ud800-\udfff]*"
+"""Surrogates are how Python writes bytes that are no UTF-8."""
+
+
+def _option(
+    help_text: str, allowed: str, *, metavar: str | None = None, **constraints: Any
+) -> msgspec.Meta:
+    extra = {"allowed": allowed, "metavar": metavar}
+    return msgspec.Meta(description=help_text, extra=extra, **constraints)
+
+
+def _path(help_text: str) -> msgspec.Meta:
+    return _option(
+        help_text, "an absolute path in UTF-8", metavar="PATH", pattern=rf"\A{_ABSOLUTE}\Z"
+    )
+
+
+def _number(help_text: str, low: int, high: int) -> msgspec.Meta:
+    return _option(help_text, f"a whole number from {low} to {high}", metavar="N", ge=low, le=high)
+
+
+class _Table(msgspec.Struct, frozen=True, kw_only=True):
+    pass
+
+
+class Capture(_Table, frozen=True):
+    """What the kernel side records, and where it is kept."""
+
+    pin_dir: Annotated[
+        str,
+        _path("Folder on a bpffs where maps and attachments are pinned. Mounted if it is not."),
+    ] = defaults.PIN_DIR
+    cgroup: Annotated[
+        str,
+        _option(
+            "Record connections made in this cgroup v2 directory and below it only. "
+            '"root" is the whole host, wherever cgroup v2 is mounted.',
+            'an absolute path in UTF-8, or "root"',
+            metavar="PATH",
+            pattern=rf"\A(root|{_ABSOLUTE})\Z",
+        ),
+    ] = defaults.CGROUP
+    max_connections: Annotated[
+        int, _number("Established connections recorded at the same time.", 1, 16_777_216)
+    ] = defaults.MAX_CONNECTIONS
+    max_pending: Annotated[
+        int,
+        _number("Connections under way at the same time: SYN sent, not yet established.", 1, 2**24),
+    ] = defaults.MAX_PENDING
+    keep: Annotated[
+        bool,
+        _option(
+            "On a clean stop leave the capture running: connections made while the daemon is "
+            "down are recorded. 'peercredd unload' ends it.",
+            "true or false",
+        ),
+    ] = False
+
+
+class Api(_Table, frozen=True):
+    """Where questions are asked."""
+
+    socket: Annotated[str, _path("Unix socket for gRPC. Its folder is made if it is missing.")] = (
+        defaults.SOCKET
+    )
+    group: Annotated[
+        str,
+        _option(
+            "Group that may ask, besides root. The socket is root:GROUP, mode 0660.",
+            "the name of a group",
+            metavar="GROUP",
+            pattern=r"\A[^\s:/\x00]+\Z",
+        ),
+    ] = defaults.GROUP
+
+
+class Sweep(_Table, frozen=True):
+    """How records no socket stands behind are removed."""
+
+    interval_seconds: Annotated[int, _number("Time between two sweeps.", 1, 86_400)] = (
+        defaults.SWEEP_INTERVAL_SECONDS
+    )
+    pending_age_seconds: Annotated[
+        int, _number("Connections under way are looked at when they are older.", 1, 86_400)
+    ] = defaults.PENDING_AGE_SECONDS
+    record_age_seconds: Annotated[
+        int, _number("Established connections are looked at when they are older.", 1, 86_400)
+    ] = defaults.RECORD_AGE_SECONDS
+
+
+class Log(_Table, frozen=True):
+    """What is written to stderr."""
+
+    level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        _option("The least that is written.", "debug, info, warning or error"),
+    ] = defaults.LOG_LEVEL
+    format: Annotated[
+        Literal["auto", "text", "json"],
+        _option(
+            "auto is text on a terminal and in the journal, json elsewhere.", "auto, text or json"
+        ),
+    ] = defaults.LOG_FORMAT
+
+
+class Config(_Table, frozen=True):
+    """All options, checked."""
+
+    capture: Capture = Capture()
+    api: Api = Api()
+    sweep: Sweep = Sweep()
+    log: Log = Log()
+
+
+class Option(NamedTuple):
+    """One option, as its field declares it."""
+
+    table: str
+    name: str
+    type: Any
+    default: Any
+    help: str
+    allowed: str
+    metavar: str | None
+    """How --help writes its value: PATH, N, GROUP; None where the type says it."""
+
+    @property
+    def key(self) -> str:
+        """``table.name``, which is also valid TOML."""
+        return f"{self.table}.{self.name}"
+
+    @property
+    def flag(self) -> str:
+        """What it is called on the command line, where ``--level`` or ``--interval`` say little."""
+        words = self.key if self.table in ("sweep", "log") else self.name
+        return "--" + words.replace("_", "-").replace(".", "-")
+
+
+def _declared_options() -> Iterator[Option]:
+    for table in msgspec.structs.fields(Config):
+        for field in msgspec.structs.fields(table.type):
+            (meta,) = field.type.__metadata__
+            yield Option(
+                table=table.name,
+                name=field.name,
+                type=field.type,
+                default=field.default,
+                help=meta.description,
+                **meta.extra,
+            )
+
+
+OPTIONS: Mapping[str, Option] = {option.key: option for option in _declared_options()}
+TABLES = tuple(table.name for table in msgspec.structs.fields(Config))
+
+
+class Effective(NamedTuple):
+    """A configuration, and where each value comes from."""
+
+    config: Config
+    sources: Mapping[str, str]
+    """By option key: ``default``, ``file:PATH`` or ``flag:--NAME``."""
+
+    def values(self) -> Iterator[tuple[str, str | int | bool, str]]:
+        """Key, value and source of every option."""
+        for key, option in OPTIONS.items():
+            yield key, getattr(getattr(self.config, option.table), option.name), self.sources[key]
+
+
+def load(file: Path | None, flags: Mapping[str, str | bool]) -> Effective:
+    """Merge defaults, file and flags.
+
+    `file` None is the default file, which may be missing; a file that is named must
+    be there. `flags` has option keys; a number may be given as text.
+
+    Raises:
+        ConfigError: something in them cannot be used.
+    """
+    values = {key: option.default for key, option in OPTIONS.items()}
+    sources = dict.fromkeys(OPTIONS, "default")
+    path = file or Path(defaults.CONFIG_FILE)
+    for key, value in _read(path, may_be_missing=file is None):
+        values[key] = _checked(f"{path}: {key}", OPTIONS[key], value, strict=True)
+        sources[key] = f"file:{path}"
+    for key, value in flags.items():
+        option = OPTIONS[key]
+        values[key] = _checked(option.flag, option, value, strict=False)
+        sources[key] = f"flag:{option.flag}"
+    tables: dict[str, dict[str, Any]] = {table: {} for table in TABLES}
+    for key, option in OPTIONS.items():
+        tables[option.table][option.name] = values[key]
+    return Effective(msgspec.convert(tables, Config), sources)
+
+
+def _read(path: Path, *, may_be_missing: bool) -> Iterator[tuple[str, Any]]:
+    """Yield key and unchecked value of every option that the file sets."""
+    try:
+        with path.open("rb") as stream:
+            document = tomllib.load(stream)
+    except FileNotFoundError:
+        if may_be_missing:
+            return
+        raise ConfigError(f"{path}: no such file; name one that exists with --config") from None
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: cannot be read: {error.strerror}; mend that, or name another with --config"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; TOML has to be") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+    for table, content in document.items():
+        if table not in TABLES:
+            what = "table" if isinstance(content, dict) else "option"
+            raise ConfigError(f"{path}: {_shown(table)}: unknown {what}{_near_miss(table)}")
+        if not isinstance(content, dict):
+            raise ConfigError(f"{path}: {table}: has to be a table, written [{table}]")
+        for name, value in content.items():
+            key = f"{table}.{name}"
+            if key not in OPTIONS:
+                raise ConfigError(f"{path}: {_shown(key)}: unknown option{_near_miss(key)}")
+            yield key, value
+
+
+def _checked(where: str, option: Option, value: object, *, strict: bool) -> Any:
+    try:
+        return msgspec.convert(value, option.type, strict=strict)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{where}: {_shown(value)} is not {option.allowed}") from error
+
+
+def _near_miss(key: str) -> str:
+    """End the sentence about an unknown table or option with what was probably meant."""
+    table, _, name = key.rpartition(".")
+    same_name = [known for known, option in OPTIONS.items() if option.name == name]
+    known = [*TABLES, *OPTIONS]
+    if same_name or (close := difflib.get_close_matches(key, known, n=1)):
+        return f"; did you mean {(same_name or close)[0]}?"
+    if table:
+        names = [option.name for option in OPTIONS.values() if option.table == table]
+        return f"; [{table}] has {', '.join(names)}"
+    return f"; there are the tables {', '.join(TABLES)}"
+
+
+_quoting = reprlib.Repr()
+_quoting.maxstring = 100
+
+
+def _shown(value: object) -> str:
+    """Quote for a message of one line, however long or strange the value."""
+    return str(value).lower() if isinstance(value, bool) else _quoting.repr(value)

@@ -1,0 +1,156 @@
+"""The life of the daemon's process: lock, load, serve, sweep, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import structlog
+
+from peercredd import children, defaults, logs, pins, preflight
+from peercredd.config import Config
+from peercredd.libbpf import KernelError
+from peercredd.listen import ListenError
+from peercredd.mounts import CgroupError, cgroup_directory
+from peercredd.store import Store
+
+log = structlog.get_logger()
+
+
+class StartError(Exception):
+    """The daemon cannot run. One line: why, and what mends it."""
+
+
+def run(config: Config) -> int:
+    """Run until SIGTERM or SIGINT.
+
+    Returns:
+        The exit status: 0 stopped as asked, 1 failure, which has been logged.
+    """
+    logs.configure(config.log.level, config.log.format)
+    try:
+        _run(config)
+    except StartError as error:
+        log.error(str(error))
+        return 1
+    return 0
+
+
+def _run(config: Config) -> None:
+    if missing := preflight.missing_capabilities():
+        raise StartError(f"lacks {', '.join(missing)}; run it as root")
+    try:
+        cgroup = cgroup_directory(config.capture.cgroup)
+        with pins.hold(Path(config.capture.pin_dir)):
+            asyncio.run(_until_signalled(config, cgroup))
+    except (CgroupError, pins.Held, children.ChildError, ListenError) as error:
+        raise StartError(str(error)) from error
+    except KernelError as error:
+        raise StartError(str(error.strerror)) from error
+
+
+async def _until_signalled(config: Config, cgroup: Path) -> None:
+    life = asyncio.create_task(_live(config, cgroup))
+    stopping = False
+
+    def stop(number: signal.Signals) -> None:
+        nonlocal stopping
+        if stopping:
+            log.error("forced to stop: 'peercredd unload' ends the capture if it is still there")
+            os._exit(1)
+        stopping = True
+        log.info("stopping", signal=number.name)
+        notify_systemd("STOPPING=1")
+        life.cancel()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        asyncio.get_running_loop().add_signal_handler(number, stop, number)
+    try:
+        await life
+    except asyncio.CancelledError:
+        log.info("stopped", capture="kept" if config.capture.keep else "ended")
+
+
+async def _live(config: Config, cgroup: Path) -> None:
+    capture, api = config.capture, config.api
+    pin_dir = Path(capture.pin_dir)
+    loading = children.start(
+        "peercredd.loader",
+        {
+            "pin_dir": capture.pin_dir,
+            "cgroup": str(cgroup),
+            "max_connections": capture.max_connections,
+            "max_pending": capture.max_pending,
+        },
+    )
+    try:
+        async with loading as loader:
+            log.debug("loading", pid=loader.pid)
+            # gRPC takes 0.3 s to import: the loader compiles meanwhile.
+            from peercredd import server
+
+            output = await children.result(loader, "loader", defaults.LOADER_TIMEOUT_SECONDS)
+        loaded = json.loads(output)
+        if missing := loaded.get("missing_fields"):
+            log.warning("this kernel does not provide all of the credentials", missing=missing)
+        with contextlib.closing(Store(pin_dir)) as store:
+            async with server.serving(store, Path(api.socket), api.group):
+                log.info(
+                    "serving",
+                    socket=api.socket,
+                    cgroup=str(cgroup),
+                    pins=capture.pin_dir,
+                    capture="found running" if loaded["adopted"] else "begun",
+                    seconds_to_first_answer=round(_age_seconds(), 2),
+                )
+                notify_systemd("READY=1")
+                await _sweep_at_intervals(config)
+    finally:
+        if not capture.keep:
+            pins.remove(pin_dir)
+
+
+async def _sweep_at_intervals(config: Config) -> None:
+    arguments: dict[str, str | int] = {
+        "pin_dir": config.capture.pin_dir,
+        "pending_age_seconds": config.sweep.pending_age_seconds,
+        "record_age_seconds": config.sweep.record_age_seconds,
+    }
+    while True:
+        await asyncio.sleep(config.sweep.interval_seconds)
+        try:
+            async with children.start("peercredd.sweeper", arguments) as sweeper:
+                summary = await children.result(
+                    sweeper, "sweeper", defaults.SWEEPER_TIMEOUT_SECONDS
+                )
+        except children.ChildError as error:
+            log.warning("stale records stay for now", reason=str(error))
+        else:
+            log.debug("swept", **json.loads(summary))
+
+
+def notify_systemd(state: str) -> None:
+    """Tell systemd, if it asked to be told, as sd_notify(3) does."""
+    address = os.environ.get("NOTIFY_SOCKET")
+    if not address:
+        return
+    if address.startswith("@"):  # abstract: unix(7) writes it with a NUL
+        address = "\0" + address[1:]
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+        try:
+            channel.sendto(state.encode(), address)
+        except OSError as error:
+            log.warning("systemd cannot be told", state=state, reason=error.strerror)
+
+
+def _age_seconds() -> float:
+    """How long this process has run, to a clock tick: field 22 of proc_pid_stat(5)."""
+    fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
+    started = int(fields[19]) / os.sysconf("SC_CLK_TCK")
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started

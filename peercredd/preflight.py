@@ -1,0 +1,135 @@
+"""What this machine must have before the daemon can run on it."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+from peercredd import defaults
+from peercredd.config import Config
+from peercredd.mounts import CgroupError, cgroup_directory, mount_points
+
+_SYS_ADMIN: Final = 21
+_NEEDED: Final = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
+"""Numbers of capabilities(7). CAP_SYS_ADMIN stands for all of them."""
+
+BTF: Final = Path("/sys/kernel/btf/vmlinux")
+
+
+class Check(NamedTuple):
+    """Something that was looked at."""
+
+    name: str
+    outcome: Literal["ok", "failed", "unknown"]
+    detail: str
+    mend: str = ""
+    """What to do about it; empty when it is ok."""
+
+
+def missing_capabilities() -> list[str]:
+    """Name the capabilities that this process needs and does not have."""
+    status = Path("/proc/self/status").read_text()
+    (effective,) = (
+        int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")
+    )
+    if effective & 1 << _SYS_ADMIN:
+        return []
+    return [name for name, number in _NEEDED.items() if not effective & 1 << number]
+
+
+def run(config: Config) -> list[Check]:
+    """Do all checks, side by side."""
+    checks: list[Callable[[], Check]] = [
+        _capabilities,
+        _btf,
+        lambda: _cgroup(config.capture.cgroup),
+        lambda: _bpffs(Path(config.capture.pin_dir)),
+        _bcc,
+        _programs,
+    ]
+    with ThreadPoolExecutor(len(checks)) as threads:
+        return [done.result() for done in [threads.submit(check) for check in checks]]
+
+
+def _capabilities() -> Check:
+    name = "root or capabilities"
+    if missing := missing_capabilities():
+        return Check(name, "failed", f"lacks {', '.join(missing)}", "run it as root, with sudo")
+    return Check(name, "ok", "root" if os.geteuid() == 0 else "capabilities held")
+
+
+def _btf() -> Check:
+    if os.access(BTF, os.R_OK):
+        return Check("BTF", "ok", str(BTF))
+    return Check(
+        "BTF",
+        "failed",
+        f"{BTF} cannot be read",
+        "run a kernel built with CONFIG_DEBUG_INFO_BTF=y, as distributions build theirs",
+    )
+
+
+def _cgroup(configured: str) -> Check:
+    try:
+        return Check("cgroup v2", "ok", str(cgroup_directory(configured)))
+    except CgroupError as error:
+        detail, _, mend = str(error).partition("; ")
+        return Check("cgroup v2", "failed", detail, mend)
+
+
+def _bpffs(pin_dir: Path) -> Check:
+    for point in mount_points("bpf"):
+        if pin_dir.is_relative_to(point):
+            return Check("bpffs", "ok", f"mounted at {point}")
+    if "nodev\tbpf" in Path("/proc/filesystems").read_text().splitlines():
+        return Check("bpffs", "ok", "not mounted; the daemon mounts it")
+    return Check(
+        "bpffs", "failed", "unknown to this kernel", "run a kernel built with CONFIG_BPF_SYSCALL=y"
+    )
+
+
+def _bcc() -> Check:
+    # In a process of its own: BCC brings LLVM along. -P: not from the current directory.
+    return _child(
+        "BCC importable",
+        ["-c", "from bcc import BPF"],
+        ok="imported",
+        mend="install python3-bpfcc, and make the environment with "
+        "/usr/bin/python3 -m venv --system-site-packages",
+    )
+
+
+def _programs() -> Check:
+    name = "programs loadable"
+    if missing_capabilities():
+        return Check(name, "unknown", "only root can ask the verifier", "run it as root, with sudo")
+    return _child(
+        name,
+        ["-m", "peercredd.loader", "--dry-run"],
+        ok="compiled, and accepted by the kernel's verifier",
+        mend="show this to the authors: python -m peercredd.loader --dry-run",
+    )
+
+
+def _child(name: str, arguments: list[str], *, ok: str, mend: str) -> Check:
+    try:
+        done = subprocess.run(
+            [sys.executable, "-P", *arguments],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="backslashreplace",
+            timeout=defaults.LOADER_TIMEOUT_SECONDS,
+        )
+    except subprocess.TimeoutExpired as error:
+        return Check(name, "unknown", f"no answer in {error.timeout:.0f} s", "try again")
+    if done.returncode == 0:
+        return Check(name, "ok", ok)
+    last_line = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    detail, _, own_mend = last_line.partition("; ")
+    return Check(name, "failed", detail, own_mend or mend)

@@ -1,0 +1,80 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import logging, sys, structlog
+from peercredd import logs
+logs.configure(sys.argv[1], sys.argv[2])
+log = structlog.get_logger("peercredd.test")
+log.debug("detail")
+log.info("serving", socket="/run/a b")
+logging.getLogger("asyncio").debug("detail of a library")
+logging.getLogger("asyncio").warning("slow %s", "callback")
+try:
+    1 / 0
+except ZeroDivisionError:
+    log.exception("broken")
+"""
+
+
+def write_log(stderr: Path, level: str, form: str, *, journal: bool = False) -> list[str]:
+    with stderr.open("wb") as file:
+        status = os.fstat(file.fileno())
+        environment = {k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}
+        if journal:
+            environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino}"
+        else:
+            # What a shell started from a unit inherits, with stderr sent elsewhere.
+            environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino + 1}"
+        subprocess.run(
+            [sys.executable, "-c", PROGRAM, level, form],
+            env=environment,
+            stderr=file,
+            check=True,
+        )
+    return stderr.read_text().splitlines()
+
+
+def test_a_file_gets_one_json_object_an_event(tmp_path: Path) -> None:
+    events = [json.loads(line) for line in write_log(tmp_path / "log", "info", "auto")]
+
+    assert [(event["level"], event["event"]) for event in events] == [
+        ("info", "serving"),
+        ("warning", "slow callback"),
+        ("error", "broken"),
+    ]
+    assert events[0]["socket"] == "/run/a b"
+    assert events[0]["timestamp"].endswith("Z")
+    assert "ZeroDivisionError" in events[2]["exception"]
+
+
+def test_the_journal_gets_a_priority_on_every_line_and_no_timestamp(tmp_path: Path) -> None:
+    lines = write_log(tmp_path / "log", "info", "auto", journal=True)
+
+    assert lines[:3] == ["<6>serving socket='/run/a b'", "<4>slow callback", "<3>broken"]
+    assert lines[-1].endswith("ZeroDivisionError: division by zero")
+    assert all(line.startswith("<3>") for line in lines[2:])
+
+
+def test_the_journal_gets_json_when_asked(tmp_path: Path) -> None:
+    lines = write_log(tmp_path / "log", "warning", "json", journal=True)
+
+    assert [line[:3] for line in lines] == ["<4>", "<3>"]
+    assert json.loads(lines[0][3:]) == {"event": "slow callback"}
+
+
+@pytest.mark.parametrize(("level", "count"), [("debug", 4), ("warning", 2), ("error", 1)])
+def test_what_is_below_the_level_is_not_written(tmp_path: Path, level: str, count: int) -> None:
+    assert len(write_log(tmp_path / "log", level, "json")) == count
+
+
+def test_text_in_a_file_has_no_colours(tmp_path: Path) -> None:
+    line = write_log(tmp_path / "log", "info", "text")[0]
+
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\S+Z \[info *\] serving socket='/run/a b'", line)
