@@ -1,0 +1,93 @@
+"""Fixtures of the tests that load BPF programs, and when those are skipped."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import peercred
+import pytest
+
+from harness.actors import Origin
+from harness.cgroup import Cgroup
+from harness.daemon import HOOK_SETS, Daemon
+from harness.requirements import why_not
+from harness.stage import Stage
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what cannot run here; with PEERCREDD_REQUIRE_KERNEL=1, fail it."""
+    if item.get_closest_marker("kernel") and (reason := why_not()):
+        if os.environ.get("PEERCREDD_REQUIRE_KERNEL") == "1":
+            pytest.fail(f"kernel tests are required, but: {reason}", pytrace=False)
+        pytest.skip(reason)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
+    """Print the daemon's log with a test that fails."""
+    report = yield
+    daemon = getattr(item, "funcargs", {}).get("daemon")
+    if report.failed and daemon:
+        report.sections.append(("peercredd", daemon.log()))
+    return report
+
+
+@pytest.fixture(scope="session")
+def cgroup() -> Iterator[Cgroup]:
+    """A cgroup of this test process's own."""
+    with Cgroup() as cgroup:
+        yield cgroup
+
+
+@pytest.fixture(scope="session", params=HOOK_SETS)
+def daemon(cgroup: Cgroup, request: pytest.FixtureRequest) -> Iterator[Daemon]:
+    """A running daemon that captures in `cgroup`."""
+    with Daemon(cgroup, request.param) as daemon:
+        yield daemon
+
+
+@pytest.fixture(scope="session")
+def client(daemon: Daemon) -> Iterator[peercred.Client]:
+    """A client of `daemon`."""
+    with peercred.Client(daemon.address) as client:
+        yield client
+
+
+@pytest.fixture(scope="session")
+def origin(cgroup: Cgroup) -> Iterator[Origin]:
+    """Where actors in `cgroup` come from."""
+    with Origin(cgroup) as origin:
+        yield origin
+
+
+@pytest.fixture
+def stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[Stage]:
+    """A scenario of this test's own, that has to leave no record behind."""
+    with Stage(origin, client) as stage:
+        yield stage
+
+
+@pytest.fixture(scope="session", params=HOOK_SETS)
+def sweeping(request: pytest.FixtureRequest) -> Iterator[tuple[Origin, peercred.Client]]:
+    """Actors and a client of a daemon that sweeps every second what is a second old."""
+    with (
+        Cgroup() as cgroup,
+        Daemon(
+            cgroup,
+            request.param,
+            *("--sweep-interval-seconds", "1"),
+            *("--sweep-pending-age-seconds", "1"),
+            *("--sweep-record-age-seconds", "1"),
+        ) as daemon,
+        Origin(cgroup) as origin,
+        peercred.Client(daemon.address) as client,
+    ):
+        yield origin, client
+
+
+@pytest.fixture
+def swept_stage(sweeping: tuple[Origin, peercred.Client]) -> Iterator[Stage]:
+    """A scenario under a daemon that sweeps every second."""
+    with Stage(*sweeping) as stage:
+        yield stage

@@ -1,0 +1,76 @@
+"""The process that an `Actor` stands for: takes steps over a socket and runs them."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+from harness.channel import Descriptor, receive, send
+
+_BOOT = (
+    "import sys; sys.path.insert(0, sys.argv[1]);"
+    "from harness.actor_process import main; main(int(sys.argv[2]))"
+)
+
+_control: socket.socket
+
+
+def command(executable: str, folder: Path, control: int) -> list[str]:
+    """Arguments of a new process that takes its steps from the descriptor `control`.
+
+    `folder` is where this package is.
+    """
+    return [executable, "-I", "-S", "-c", _BOOT, str(folder), str(control)]
+
+
+def main(control: int) -> NoReturn:
+    """Say that the program runs, then take steps."""
+    sock = socket.socket(fileno=control)
+    sock.set_inheritable(False)
+    send(sock, (True, None))
+    serve(sock)
+
+
+def serve(control: socket.socket) -> NoReturn:
+    """Run the steps that come over `control`, until its other end is gone."""
+    global _control
+    _control = control
+    while True:
+        try:
+            step, arguments, named = receive(control)
+        except (EOFError, ConnectionResetError):
+            os._exit(0)
+        try:
+            answer = (True, step(*arguments, **named))
+        except Exception as error:  # noqa: BLE001 - it is handed over whatever it is
+            answer = (False, error)
+        send(control, answer)
+
+
+def fork(control: Descriptor) -> int:
+    """Fork a process that takes its steps from `control`; returns its pid."""
+    pid = os.fork()
+    if pid:
+        os.close(control)
+        return pid
+    _control.close()
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    serve(socket.socket(fileno=control))
+
+
+def execute(executable: str | None, kept: tuple[int, ...]) -> NoReturn:
+    """Become a new program, with the descriptors `kept`, and go on taking steps."""
+    program = executable or sys.executable
+    for fd in (_control.fileno(), *kept):
+        os.set_inheritable(fd, True)
+    folder = Path(__file__).parent.parent
+    os.execv(program, command(program, folder, _control.fileno()))
+
+
+def reap_no_children() -> None:
+    """Let the kernel reap this process's children."""
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)

@@ -1,0 +1,158 @@
+"""A real daemon on a cgroup of the tests' own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from pathlib import Path
+from types import TracebackType
+
+import grpc
+import peercred
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as rpc
+
+from harness.cgroup import Cgroup
+
+HOOK_SETS = ("cgroup",)
+"""Every kernel test runs once with each."""
+
+RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
+"""What must be empty when no socket is left."""
+
+START_SECONDS = 60.0
+STOP_SECONDS = 30.0
+EMPTY_SECONDS = 10.0
+_NEVER = "86400"
+
+
+class Daemon:
+    """A `peercredd` process; its capture covers `cgroup` and nothing else.
+
+    Unless options say otherwise it does not sweep: what a test leaves in a table was
+    not retired, and stays to be seen.
+    """
+
+    def __init__(
+        self, cgroup: Cgroup, hook_set: str, *options: str, pin_dir: Path | None = None
+    ) -> None:
+        # Other hook sets get their option here.
+        assert hook_set == "cgroup"
+        self._folder = tempfile.TemporaryDirectory(prefix="peercredd-test-")
+        folder = Path(self._folder.name)
+        self.socket = folder / "run" / "peercredd.sock"
+        self.address = f"unix:{self.socket}"
+        self.pin_dir = pin_dir or Path(f"/sys/fs/bpf/peercredd-test-{uuid.uuid4().hex[:12]}")
+        self._log = folder / "log"
+        self._last_words = ""
+        configuration = folder / "peercredd.toml"
+        configuration.touch()
+        with self._log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [
+                    *(sys.executable, "-m", "peercredd"),
+                    *("--config", str(configuration)),
+                    *("--cgroup", str(cgroup.path)),
+                    *("--pin-dir", str(self.pin_dir)),
+                    *("--socket", str(self.socket)),
+                    *("--group", "root"),
+                    *("--sweep-interval-seconds", _NEVER),
+                    *options,
+                ],
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+            )
+        try:
+            self._wait_until_ready()
+        except BaseException:
+            self.kill()
+            raise
+
+    def log(self) -> str:
+        """What the daemon has written so far."""
+        if self._log.exists():
+            self._last_words = self._log.read_text(errors="backslashreplace")
+        return self._last_words
+
+    def kill(self) -> None:
+        """End the daemon with SIGKILL: its capture stays."""
+        self.process.kill()
+        self.process.wait()
+        self.log()
+        self._folder.cleanup()
+
+    def close(self, *, keeps: bool = False) -> None:
+        """Stop the daemon with SIGTERM; raises AssertionError unless it ends cleanly.
+
+        One that `keeps` its capture leaves its pins.
+        """
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+        try:
+            status = self.process.wait(STOP_SECONDS)
+            assert status == 0, f"peercredd ended with {status}:\n{self.log()}"
+            assert self.pin_dir.exists() == keeps, f"{self.pin_dir} at its end:\n{self.log()}"
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+                self.process.wait()
+            self.log()
+            self._folder.cleanup()
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + START_SECONDS
+        # What does not listen yet is tried again soon.
+        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+        with grpc.insecure_channel(self.address, options) as channel:
+            while True:
+                try:
+                    rpc.PeerCredentialsStub(channel).GetStatus(
+                        pb.GetStatusRequest(), wait_for_ready=True, timeout=1
+                    )
+                except grpc.RpcError as error:
+                    if self.process.poll() is not None or time.monotonic() > deadline:
+                        raise RuntimeError(f"peercredd does not answer:\n{self.log()}") from error
+                else:
+                    return
+
+    def __enter__(self) -> Daemon:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def occupancy(client: peercred.Client) -> dict[str, int]:
+    """How many records each table holds."""
+    entries = {table.name: table.entries for table in client.status().tables}
+    return {name: entries[name] for name in RECORD_TABLES}
+
+
+def wait_until_empty(client: peercred.Client, but: dict[str, int] | None = None) -> None:
+    """Wait until no record is left; raises AssertionError that says which tables have some.
+
+    `but` is what others have left before. Sockets are closed before the process that
+    held them ends, but a RST on its way, or what the kernel closes in a worker of its
+    own, may take some moments more.
+    """
+    deadline = time.monotonic() + EMPTY_SECONDS
+    allowed = but or dict.fromkeys(RECORD_TABLES, 0)
+    while any((left := occupancy(client))[name] > allowed[name] for name in RECORD_TABLES):
+        assert time.monotonic() < deadline, f"records are left that nobody can ask for: {left}"
+        os.sched_yield()
+
+
+def drops(client: peercred.Client) -> dict[str, int]:
+    """The reasons for which something was not recorded, and how often."""
+    return {drop.reason: drop.count for drop in client.status().drops if drop.count}

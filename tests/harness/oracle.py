@@ -1,0 +1,94 @@
+"""The same question asked of AF_UNIX and of the daemon; the answers have to be equal."""
+
+from __future__ import annotations
+
+import array
+import contextlib
+import socket
+import struct
+from typing import NamedTuple
+
+import peercred
+from peercred import Basis, InvalidArgument, NotFound, PeerCredentials
+
+from harness.steps import IPPROTO_MPTCP, Both
+
+SO_COOKIE = 57
+SO_PEERGROUPS = 59
+SO_NETNS_COOKIE = 71
+MAX_GROUPS = 32
+_UCRED = struct.Struct("iII")
+_LARGEST_OPTION = 1024
+
+
+class Peer(NamedTuple):
+    """What SO_PEERCRED and SO_PEERGROUPS say."""
+
+    pid: int
+    uid: int
+    gid: int
+    groups: tuple[int, ...]
+    """The first MAX_GROUPS."""
+    group_count: int
+
+
+def unix_peer(sock: socket.socket) -> Peer:
+    """Ask the kernel who is at the other end of a unix(7) socket."""
+    ids = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    groups = array.array("I")
+    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _LARGEST_OPTION))
+    return Peer(*ids, tuple(groups[:MAX_GROUPS]), len(groups))
+
+
+def as_peer(answer: PeerCredentials) -> Peer:
+    """What the daemon says, in the same terms."""
+    assert answer.group_count is not None
+    assert answer.groups_truncated == (answer.group_count > MAX_GROUPS)
+    return Peer(answer.pid, answer.uid, answer.gid, answer.groups, answer.group_count)
+
+
+def cookie(sock: socket.socket, option: int = SO_COOKIE) -> int:
+    """SO_COOKIE of a socket, or another option of that shape."""
+    (value,) = struct.unpack("=Q", sock.getsockopt(socket.SOL_SOCKET, option, 8))
+    return int(value)
+
+
+def tcp_answer(client: peercred.Client, sock: socket.socket) -> PeerCredentials:
+    """Ask the daemon in every way there is; raises what `lookup` raises.
+
+    All ways have to agree: only the tuple of a socket that has none any more, and the
+    cookie of a multipath socket, are not asked.
+    """
+    answer = client.lookup(sock)
+    multipath = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PROTOCOL) == IPPROTO_MPTCP
+    if not multipath:
+        assert answer.basis is Basis.SOCKET
+        assert client.lookup_cookie(cookie(sock)) == answer
+        assert cookie(sock) in (answer.server_socket_cookie, answer.client_socket_cookie)
+    assert answer.netns_cookie == cookie(sock, SO_NETNS_COOKIE)
+    with contextlib.suppress(OSError):
+        by_tuple = client.lookup_tuple(
+            sock.getsockname(), sock.getpeername(), cookie(sock, SO_NETNS_COOKIE)
+        )
+        assert by_tuple.basis is Basis.TUPLE
+        assert as_peer(by_tuple) == as_peer(answer)
+    return answer
+
+
+def same_peer(client: peercred.Client, sockets: Both[socket.socket]) -> Peer:
+    """Ask both transports and return their one answer; raises AssertionError if it is two."""
+    expected = unix_peer(sockets.unix)
+    found = as_peer(tcp_answer(client, sockets.tcp))
+    assert found == expected, f"TCP says {found}, AF_UNIX says {expected}"
+    return found
+
+
+def refusal(client: peercred.Client, sock: socket.socket) -> str:
+    """Why there is no answer for a socket: the reason; raises AssertionError if there is one."""
+    try:
+        answer = client.lookup(sock)
+    except NotFound as error:
+        return error.reason
+    except InvalidArgument:
+        return "INVALID_ARGUMENT"
+    raise AssertionError(f"nobody should be known there, but: {answer}")

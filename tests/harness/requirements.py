@@ -1,0 +1,48 @@
+"""Whether this machine can run the tests that load BPF programs."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+import platform
+from pathlib import Path
+
+from harness.cgroup import mount_point
+
+_SYS_BPF = {"x86_64": 321, "aarch64": 280}
+_BPF_MAP_CREATE = 0
+_BPF_MAP_TYPE_ARRAY = 2
+
+
+@functools.cache
+def why_not() -> str | None:
+    """The first thing that is missing, and what mends it; None when all is there."""
+    if os.geteuid():
+        return "not root: run the tests with sudo"
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "no /sys/kernel/btf/vmlinux: boot a kernel with CONFIG_DEBUG_INFO_BTF"
+    try:
+        mount_point()
+    except FileNotFoundError as error:
+        return str(error)
+    bcc = importlib.util.find_spec("bcc")
+    if not bcc or not bcc.origin or not Path(bcc.origin).with_name("libbcc.py").exists():
+        return "no BCC: install python3-bpfcc, and use a venv with --system-site-packages"
+    return _why_no_bpf()
+
+
+def _why_no_bpf() -> str | None:
+    number = _SYS_BPF.get(platform.machine())
+    if number is None:
+        return f"no test machinery for {platform.machine()}"
+    libc = ctypes.CDLL(None, use_errno=True)
+    # The beginning of union bpf_attr: type, key_size, value_size, max_entries.
+    attributes = (ctypes.c_uint32 * 18)(_BPF_MAP_TYPE_ARRAY, 4, 4, 1)
+    size = ctypes.c_long(ctypes.sizeof(attributes))
+    fd = libc.syscall(ctypes.c_long(number), _BPF_MAP_CREATE, ctypes.byref(attributes), size)
+    if fd < 0:
+        return f"bpf(2): {os.strerror(ctypes.get_errno())}: CAP_BPF and CONFIG_BPF_SYSCALL needed"
+    os.close(fd)
+    return None

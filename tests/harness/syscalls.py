@@ -1,0 +1,61 @@
+"""System calls that Python has no function for, or only one that does too much.
+
+glibc's setresuid() changes every thread of the process, and Python's goes through
+it; the system call changes the calling thread alone.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+
+CLONE_NEWUSER = 0x10000000
+CLONE_NEWPID = 0x20000000
+CLONE_NEWNET = 0x40000000
+PR_SET_DUMPABLE = 4
+
+_NUMBERS = {
+    "x86_64": {
+        "setresuid": 117,
+        "setresgid": 119,
+        "setgroups": 116,
+        "prctl": 157,
+        "unshare": 272,
+        "setns": 308,
+    },
+    "aarch64": {
+        "setresuid": 147,
+        "setresgid": 149,
+        "setgroups": 159,
+        "prctl": 167,
+        "unshare": 97,
+        "setns": 268,
+    },
+}[platform.machine()] | {
+    "io_uring_setup": 425,
+    "io_uring_enter": 426,
+    "io_uring_register": 427,
+}
+
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+def syscall(name: str, *arguments: object) -> int:
+    """Make one system call, for the calling thread alone; raises OSError."""
+    converted = [
+        ctypes.c_long(argument) if isinstance(argument, int) else argument
+        for argument in arguments
+    ]
+    result: int = _libc.syscall(ctypes.c_long(_NUMBERS[name]), *converted)
+    if result < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"{name}: {os.strerror(errno)}")
+    return result
+
+
+def set_thread_credentials(uid: int, gid: int, groups: tuple[int, ...]) -> None:
+    """Give the calling thread, and no other, these ids; raises OSError."""
+    syscall("setgroups", len(groups), (ctypes.c_uint32 * len(groups))(*groups))
+    syscall("setresgid", gid, gid, gid)
+    syscall("setresuid", uid, uid, uid)

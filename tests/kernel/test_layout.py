@@ -1,0 +1,113 @@
+"""What user space decodes is what BCC compiled, byte for byte."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from peercredd import capture, records
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Any:
+    return capture.load(max_connections=64, max_pending=64).bcc
+
+
+def offsets(layout: struct.Struct) -> Iterator[int]:
+    """Where each value that `layout` unpacks begins."""
+    offset = 0
+    for count, code in re.findall(r"(\d*)([QIHsx])", layout.format.removeprefix("=")):
+        if code in "sx":
+            if code == "s":
+                yield offset
+            offset += int(count or 1)
+            continue
+        for _ in range(int(count or 1)):
+            yield offset
+            offset += struct.calcsize(code)
+
+
+def members(kind: type[ctypes.Structure]) -> dict[str, int]:
+    return {
+        name: getattr(kind, name).offset for name, *_ in kind._fields_ if not name.startswith("pad")
+    }
+
+
+def test_credentials_are_decoded_where_they_are_written(compiled: Any) -> None:
+    leaf = dict(compiled[b"pending"].Leaf._fields_)["client"]
+
+    assert members(leaf) == dict(
+        zip(records.Credentials._fields, offsets(records.CREDENTIALS), strict=True)
+    )
+    assert ctypes.sizeof(leaf) == records.CREDENTIALS.size
+
+
+def test_tuples_are_packed_as_the_kernel_side_packs_them(compiled: Any) -> None:
+    key = compiled[b"by_tuple"].Key
+
+    assert members(key) == dict(zip(records.Tuple._fields, offsets(records.TUPLE), strict=True))
+    assert ctypes.sizeof(key) == records.TUPLE.size
+
+
+def test_pending_connects_are_decoded_where_they_are_written(compiled: Any) -> None:
+    leaf = compiled[b"pending"].Leaf
+    names = ("published_ns", "client_cookie", "initial_sequence")
+
+    assert members(leaf) == {
+        **dict(zip(names, offsets(records.PENDING_HEAD), strict=True)),
+        "client": records.PENDING_HEAD.size,
+    }
+    assert ctypes.sizeof(leaf) == records.PENDING_SIZE
+
+
+def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
+    leaf = compiled[b"connections"].Leaf
+    head = ("established_ns", "server_cookie", "client_cookie", "listener_cookie")
+    ends = records.CONNECTION_ENDS_OFFSET
+
+    assert members(leaf) == {
+        **dict(zip(head, offsets(records.CONNECTION_HEAD), strict=True)),
+        "tuple": records.CONNECTION_TUPLE_OFFSET,
+        "ends_gone": ends,
+        "flags": ends + 4,
+        "client": records.CLIENT_OFFSET,
+        "listener": records.LISTENER_OFFSET,
+    }
+    assert ctypes.sizeof(leaf) == records.CONNECTION_SIZE
+
+
+def test_there_is_a_counter_for_each_reason_to_drop_a_record(compiled: Any) -> None:
+    source = (capture.source_folder() / "records.h").read_text()
+    enum = re.search(r"enum drop \{(.+?)\};", source, re.DOTALL)
+    assert enum
+    names = re.findall(r"DROP_(\w+)", enum[1])
+
+    assert names == ["NONE", *(name for name, _ in records.DROPS), "COUNT"]
+    assert len(compiled[b"drops"]) == len(names) - 1
+
+
+def test_constants_are_the_same_on_both_sides() -> None:
+    source = (capture.source_folder() / "records.h").read_text()
+    constants = {
+        name: int(value, 0) << int(shift or "0")
+        for name, value, shift in re.findall(
+            r"#define (\w+) \(?(\d+)U?(?:LL)?(?: << (\d+)\))?", source
+        )
+    }
+
+    here = {name: getattr(records, name) for name in constants if hasattr(records, name)}
+    assert here == {name: constants[name] for name in here}
+    assert {"MAX_GROUPS", "ABSENCE_SLOTS", "NO_NEW_PRIVS", "CLOSED_WITH_DESCRIPTOR"} <= here.keys()
+    assert {name for name in constants if name.startswith("HAS_")} <= here.keys(), (
+        "each HAS_ bit is known here"
+    )
+    assert {
+        constants[f"ABSENT_{name}"] for name in ("RETIRED", "TABLE_WAS_FULL", "NOT_RECORDED")
+    } == set(records.ABSENCES)
