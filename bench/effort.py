@@ -1,0 +1,36 @@
+"""How long to measure: every count and time of a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class Effort(NamedTuple):
+    """The defaults are those of a full run."""
+
+    capture_cycles: int = 2_000
+    """Connections in one timed stretch."""
+    capture_rounds: int = 30
+    """Pairs of stretches, bare and captured."""
+    open_sockets: tuple[int, ...] = (10, 1_000, 10_000, 50_000)
+    seconds_per_method: float = 3.0
+    """For one way of looking up, at one number of open sockets."""
+    gone_clients: int = 1_000
+    call_seconds: float = 0.25
+    """One stretch of gRPC calls of one kind."""
+    call_rounds: int = 20
+    """Stretches of each kind, taken in turns."""
+    starts: int = 5
+
+
+FULL = Effort()
+QUICK = Effort(
+    capture_cycles=500,
+    capture_rounds=6,
+    open_sockets=(10, 1_000),
+    seconds_per_method=0.3,
+    gone_clients=50,
+    call_seconds=0.1,
+    call_rounds=8,
+    starts=2,
+)
