@@ -1,0 +1,184 @@
+"""A unix socket that appears at its path finished, and that one daemon at a time has.
+
+Who binds a path decides too little: gRPC makes the file with whatever mode the
+umask leaves, and deletes a live server's socket that was there. So it binds in a
+private folder, and the finished socket is moved to its place with rename(2).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import grp
+import os
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import structlog
+
+_PATH_LIMIT = 107  # sun_path of unix(7) less the closing NUL
+_UCRED = struct.Struct("=iII")  # struct ucred of unix(7)
+
+log = structlog.get_logger()
+
+
+class ListenError(Exception):
+    """The socket cannot be had. One line: which path, what is wrong, what mends it."""
+
+
+class UnixSocket:
+    """The right to listen at a path, for as long as the ``with`` block runs.
+
+    Inside: bind `private_path`, be ready to serve, `publish()`. Leaving removes
+    the socket, unless another one has been put in its place.
+
+    Clients find the socket at `path`; a missing folder is made, mode 0755. Members
+    of `group` may connect, besides root: owner root, mode 0660. Where there is no
+    such group a warning is logged and the mode is 0600.
+
+    Entering and `publish()` raise ListenError.
+    """
+
+    private_path: str
+    """What to bind. Short however long `path` is."""
+
+    def __init__(self, path: Path, group: str) -> None:
+        self._path = path.absolute()
+        self._group = group
+
+    def __enter__(self) -> Self:
+        length = len(os.fsencode(self._path))
+        if length > _PATH_LIMIT:
+            raise ListenError(
+                f"{self._path}: {length} bytes long, a unix socket's path has at most "
+                f"{_PATH_LIMIT}: choose a shorter one"
+            )
+        with _explained(self._path), ExitStack() as undo:
+            _make_folder(self._path.parent)
+            undo.enter_context(_locked(self._path))
+            _require_free(self._path)
+            self._private_folder = self._path.parent / f".peercredd-{os.urandom(8).hex()}"
+            self._private_folder.mkdir(mode=0o700)
+            undo.callback(self._remove_private_folder)
+            # Held to the end: gRPC deletes what it finds at the path it once bound.
+            folder = os.open(self._private_folder, os.O_PATH | os.O_DIRECTORY)
+            undo.callback(os.close, folder)
+            self.private_path = f"/proc/self/fd/{folder}/socket"
+            self._undo = undo.pop_all()
+        return self
+
+    def publish(self) -> None:
+        """Move the bound socket to its path; until then nobody can connect."""
+        with _explained(self._path):
+            bound = Path(self.private_path)
+            mode, gid = self._access()
+            os.chown(bound, -1, gid)
+            bound.chmod(mode)
+            status = bound.stat()
+            bound.rename(self._path)
+            self._undo.callback(self._remove, (status.st_dev, status.st_ino))
+            self._remove_private_folder()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._undo.close()
+
+    def _access(self) -> tuple[int, int]:
+        try:
+            return 0o660, grp.getgrnam(self._group).gr_gid
+        except KeyError:
+            log.warning(
+                "no such group, so only root may ask: create it and restart",
+                group=self._group,
+                socket=str(self._path),
+            )
+            return 0o600, os.getegid()
+
+    def _remove(self, identity: tuple[int, int]) -> None:
+        try:
+            status = self._path.lstat()
+        except FileNotFoundError:
+            return
+        if (status.st_dev, status.st_ino) == identity:
+            self._path.unlink()
+
+    def _remove_private_folder(self) -> None:
+        if self._private_folder.exists():
+            (self._private_folder / "socket").unlink(missing_ok=True)
+            self._private_folder.rmdir()
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        raise ListenError(f"cannot listen at {path}: {where}{error.strerror}") from error
+
+
+def _make_folder(folder: Path) -> None:
+    if folder.exists():
+        return
+    _make_folder(folder.parent)
+    folder.mkdir()
+    folder.chmod(0o755)  # mkdir() would heed the umask
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold ``PATH.lock``. The kernel lets go of it however this process ends."""
+    lock_path = Path(f"{path}.lock")
+    while True:
+        # Not readable by others: a lock can be taken through any descriptor.
+        lock = os.open(lock_path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, mode=0o600)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(lock, 16).decode().strip()
+            os.close(lock)
+            raise _in_use(path, holder) from None
+        # The last holder may have deleted the file after it was opened here.
+        if os.fstat(lock).st_nlink:
+            break
+        os.close(lock)
+    try:
+        os.ftruncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        lock_path.unlink(missing_ok=True)
+        os.close(lock)
+
+
+def _require_free(path: Path) -> None:
+    """Raise unless nothing is at `path`, or a socket that nobody listens on any more."""
+    try:
+        mode = path.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(mode):
+        raise ListenError(f"{path}: exists and is not a socket: remove it or choose another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            return
+        except BlockingIOError:  # a listener with a full queue
+            raise _in_use(path, "") from None
+        ucred = probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    raise _in_use(path, str(_UCRED.unpack(ucred)[0]))
+
+
+def _in_use(path: Path, pid: str) -> ListenError:
+    holder = f"process {pid}" if pid else "another process"
+    return ListenError(f"{path}: in use by {holder}: stop it or choose another path")

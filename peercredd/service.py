@@ -1,0 +1,276 @@
+"""The answers of peercred.v1.PeerCredentials, whatever carries them.
+
+Request messages in, response messages out, or `RequestError`. Nothing here
+knows of gRPC, threads or event loops: what takes long comes in pages, between
+which a server can turn to others.
+"""
+
+from __future__ import annotations
+
+import errno
+import functools
+import os
+import socket
+from array import array
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from google.rpc import code_pb2
+from google.rpc.status_pb2 import Status
+from peercred.v1 import peer_credentials_pb2 as pb
+
+import peercredd
+from peercredd import encode, keys
+from peercredd.records import V4_MAPPED, Connection
+from peercredd.store import Answer, Reason, StoreStatus
+
+MAX_BATCH_KEYS = 1000
+PAGE = 100
+"""Connections looked up in one go: about a millisecond."""
+
+_NOT_FOUND = {
+    reason: encode.error(code_pb2.NOT_FOUND, reason.value, text)
+    for reason, text in {
+        Reason.NEVER_SEEN: "no connect() of that connection on this host was recorded",
+        Reason.OLDER_THAN_CAPTURE: "that connection was there before capture began",
+        Reason.TABLE_WAS_FULL: "that connection was seen, there was no room to record it: "
+        "see 'peercred status'",
+        Reason.RETIRED: "that connection was recorded and has been closed since",
+        Reason.NOT_LOCAL: "one end of that connection is not an address of this host",
+    }.items()
+}
+_CAPTURE_LOST = encode.error(
+    code_pb2.UNAVAILABLE,
+    "CAPTURE_LOST",
+    "that connection is not recorded, and capture is not in place: restart peercredd",
+)
+
+
+class RequestError(Exception):
+    """A request that gets no answer; `status` is the google.rpc.Status to send instead."""
+
+    def __init__(self, status: Status) -> None:
+        super().__init__(status.message)
+        self.status = status
+
+
+class View(Protocol):
+    """The part of the capture that the callers of one listener may learn about.
+
+    The Store is the view of a caller who may see everything. For callers who may
+    not, pass an object that leaves out what is not theirs.
+    """
+
+    @property
+    def own_netns_cookie(self) -> int:
+        """Of the network namespace that a tuple without one is looked for in."""
+
+    def find_by_socket(self, cookie: int) -> Answer | Reason:
+        """Find the other end of a socket's connection."""
+
+    def find_by_tuple(
+        self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
+    ) -> Answer | Reason:
+        """Find the other end of the newest connection between two endpoints."""
+
+    def server_cookies(self) -> list[int]:
+        """Return the server socket's cookie of every connection."""
+
+    def connection(self, server_cookie: int) -> Connection | None:
+        """Return one connection, None if it has retired."""
+
+    def status(self) -> StoreStatus:
+        """Return what the capture says of itself."""
+
+    def attachments(self) -> dict[str, bool]:
+        """Return for each program whether it is in its place now."""
+
+
+class PeerCredentialsService:
+    """Answers out of one view; make one for each listener, or each caller: it is cheap.
+
+    Every method raises `RequestError`.
+    """
+
+    def __init__(self, view: View) -> None:
+        self._view = view
+
+    def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
+        """Answer one key."""
+        response = pb.LookupResponse()
+        try:
+            self._answer(request.key, response, self.capture_in_place)
+        except keys.InvalidKey as error:
+            raise RequestError(_invalid("key", error)) from None
+        return response
+
+    def lookup_stream(self, request: pb.LookupStreamRequest) -> pb.LookupStreamResponse:
+        """Answer one key of a stream; raises nothing, an error is a result."""
+        response = pb.LookupStreamResponse()
+        self._result(request.key, "key", response.result, self.capture_in_place)
+        return response
+
+    def batch_lookup(self, request: pb.BatchLookupRequest) -> Iterator[pb.BatchLookupResponse]:
+        """Yield the answers in the order of the keys, in pages to be merged into one response."""
+        if len(request.keys) > MAX_BATCH_KEYS:
+            raise RequestError(
+                encode.error(
+                    code_pb2.INVALID_ARGUMENT,
+                    "TOO_MANY_KEYS",
+                    f"keys: {len(request.keys)} of them, at most {MAX_BATCH_KEYS} in one call",
+                    "keys",
+                )
+            )
+        for start in range(0, len(request.keys), PAGE):
+            page = pb.BatchLookupResponse()
+            add_result = page.results.add
+            capture_in_place = functools.cache(self.capture_in_place)
+            for index, key in enumerate(request.keys[start : start + PAGE], start):
+                self._result(key, f"keys[{index}]", add_result(), capture_in_place)
+            yield page
+
+    def list_connections(
+        self, request: pb.ListConnectionsRequest
+    ) -> Iterator[pb.ListConnectionsResponse]:
+        """Yield the connections that pass the filters, in pages.
+
+        A page may be empty, then there is nothing to send.
+        """
+        if request.HasField("server_port") and not 0 < request.server_port < 65536:
+            raise RequestError(
+                encode.error(
+                    code_pb2.INVALID_ARGUMENT,
+                    "INVALID_FILTER",
+                    f"server_port: {request.server_port} is not between 1 and 65535",
+                    "server_port",
+                )
+            )
+        # A slow reader holds this for as long as it likes: 8 bytes a connection, not 40.
+        cookies = array("Q", self._view.server_cookies())
+        for start in range(0, len(cookies), PAGE):
+            page = pb.ListConnectionsResponse()
+            for cookie in cookies[start : start + PAGE]:
+                connection = self._view.connection(cookie)
+                if connection is not None and _passes(connection, request):
+                    encode.connection(page.connections.add(), connection)
+            yield page
+
+    def get_status(self, _: pb.GetStatusRequest) -> pb.GetStatusResponse:
+        """Say what runs, since when, how full the tables are and what was dropped."""
+        response = pb.GetStatusResponse(
+            version=peercredd.__version__,
+            kernel_release=os.uname().release,
+            daemon_pid=os.getpid(),
+            netns_cookie=self._view.own_netns_cookie,
+        )
+        encode.capture(response, self._view.status())
+        for program, attached in self._view.attachments().items():
+            response.attachments.add(program=program, attached=attached)
+        return response
+
+    def capture_in_place(self) -> bool:
+        """Whether every program is attached, asked of the kernel now."""
+        attachments = self._view.attachments()
+        return bool(attachments) and all(attachments.values())
+
+    def _result(
+        self,
+        message: pb.ConnectionKey,
+        field: str,
+        result: pb.LookupResult,
+        capture_in_place: Callable[[], bool],
+    ) -> None:
+        try:
+            self._answer(message, result.found, capture_in_place)
+        except keys.InvalidKey as error:
+            result.error.CopyFrom(_invalid(field, error))
+        except RequestError as error:
+            result.error.CopyFrom(error.status)
+
+    def _answer(
+        self,
+        message: pb.ConnectionKey,
+        response: pb.LookupResponse,
+        capture_in_place: Callable[[], bool],
+    ) -> None:
+        key = keys.parse(message)
+        found: Answer | Reason
+        if key.socket_cookie is not None:
+            # What the cookie says is final. The tuple may be another connection's by now.
+            basis = pb.BASIS_SOCKET
+            found = self._view.find_by_socket(key.socket_cookie)
+            if isinstance(found, Answer):
+                _require_agreement(key, found)
+        else:
+            basis = pb.BASIS_TUPLE
+            assert key.endpoints is not None
+            netns_cookie = key.netns_cookie or self._view.own_netns_cookie
+            found = self._view.find_by_tuple(netns_cookie, *key.endpoints)
+        if isinstance(found, Reason):
+            if found is Reason.NEVER_SEEN:
+                if not capture_in_place():
+                    raise RequestError(_CAPTURE_LOST)
+                if self._leaves_the_host(key):
+                    found = Reason.NOT_LOCAL
+            raise RequestError(_NOT_FOUND[found])
+        encode.answer(response, found, basis)
+
+    def _leaves_the_host(self, key: keys.Key) -> bool:
+        netns_cookie = key.netns_cookie
+        if netns_cookie is None and key.socket_cookie is None:
+            netns_cookie = self._view.own_netns_cookie
+        # Of other namespaces' addresses nothing is known here.
+        if key.endpoints is None or netns_cookie != self._view.own_netns_cookie:
+            return False
+        return not (_is_local(key.endpoints.remote) and _is_local(key.endpoints.local))
+
+
+def _require_agreement(key: keys.Key, found: Answer) -> None:
+    ends = found.tuple
+    if key.netns_cookie is not None and key.netns_cookie != ends.netns_cookie:
+        field = "netns_cookie"
+    elif key.endpoints is None:
+        return
+    else:
+        server = ends.server_address, ends.server_port
+        client = ends.client_address, ends.client_port
+        local, remote = (server, client) if found.asker_is_server else (client, server)
+        if key.endpoints[:2] != local:
+            field = "local"
+        elif key.endpoints[2:] != remote:
+            field = "remote"
+        else:
+            return
+    raise keys.InvalidKey(field, "not that of the socket named by socket_cookie", "KEYS_DISAGREE")
+
+
+def _invalid(prefix: str, error: keys.InvalidKey) -> Status:
+    field = f"{prefix}.{error.field}" if error.field else prefix
+    return encode.error(code_pb2.INVALID_ARGUMENT, error.reason, f"{field}: {error.text}", field)
+
+
+def _passes(connection: Connection, request: pb.ListConnectionsRequest) -> bool:
+    return (
+        (not request.HasField("client_uid") or connection.client.euid == request.client_uid)
+        and (
+            not request.HasField("server_port")
+            or connection.tuple.server_port == request.server_port
+        )
+        and (
+            not request.HasField("netns_cookie")
+            or connection.tuple.netns_cookie == request.netns_cookie
+        )
+    )
+
+
+def _is_local(address: bytes) -> bool:
+    """Whether the kernel lets a socket have that 16-byte address here."""
+    family, text = socket.AF_INET6, encode.address_text(address)
+    if address.startswith(V4_MAPPED):
+        family = socket.AF_INET
+    try:
+        with socket.socket(family, socket.SOCK_DGRAM) as probe:
+            probe.bind((text, 0))
+    except OSError as error:
+        return error.errno != errno.EADDRNOTAVAIL
+    return True
