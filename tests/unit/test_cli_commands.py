@@ -168,8 +168,8 @@ def host_check(peercred: Peercred, tmp_path: Path) -> Callable[[str], None]:
     return install
 
 
-def says_all_is_well(name: str = "programs loadable") -> str:
-    check = {"name": name, "outcome": "ok", "detail": "loaded", "mend": ""}
+def says(outcome: str, name: str = "programs loadable") -> str:
+    check = {"name": name, "outcome": outcome, "detail": "loaded", "mend": ""}
     return f"print({json.dumps(json.dumps({'checks': [check]}))})"
 
 
@@ -729,19 +729,25 @@ def test_the_version_is_that_of_the_installed_package(peercred: Peercred, tmp_pa
 # doctor
 
 
-def test_doctor_is_content_when_all_is_well(
-    peercred: Peercred, canned: CannedDaemon, host_check: Callable[[str], None]
-) -> None:
-    host_check(says_all_is_well())
-    for attachment in answered_status(canned).attachments:
+def examined(peercred: Peercred, canned: CannedDaemon) -> "subprocess.CompletedProcess[str]":
+    """Let the doctor find a daemon with which nothing is wrong."""
+    assert isinstance(canned.status, pb.GetStatusResponse)
+    for attachment in canned.status.attachments:
         attachment.attached = True
     canned.release.clear()
     process = peercred.start("doctor", "--json")
     assert canned.waiting.wait(60)
     canned.answer = found(pid=process.pid, uid=os.geteuid(), gid=os.getegid())
     canned.release.set()
+    return finish(process)
 
-    done = finish(process)
+
+def test_doctor_is_content_when_all_is_well(
+    peercred: Peercred, canned: CannedDaemon, host_check: Callable[[str], None]
+) -> None:
+    host_check(says("ok"))
+
+    done = examined(peercred, canned)
 
     report = json.loads(done.stdout)
     assert report["ok"] is True, report
@@ -756,10 +762,26 @@ def test_doctor_is_content_when_all_is_well(
     assert {check["mend"] for check in report["checks"]} == {""}
 
 
+@pytest.mark.parametrize("outcome", ["failed", "unknown"])
+def test_doctor_is_not_content_with_one_check_that_is_not_ok(
+    peercred: Peercred,
+    canned: CannedDaemon,
+    host_check: Callable[[str], None],
+    outcome: str,
+) -> None:
+    host_check(says(outcome))
+
+    done = examined(peercred, canned)
+
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (1, False)
+    assert [check["outcome"] for check in report["checks"]] == [outcome, "ok", "ok", "ok"]
+
+
 def test_doctor_finds_lost_hooks_and_wrong_answers_and_says_what_mends_them(
     peercred: Peercred, host_check: Callable[[str], None]
 ) -> None:
-    host_check(says_all_is_well())
+    host_check(says("ok"))
 
     done = peercred("doctor", "--json")
 
@@ -778,7 +800,7 @@ def test_doctor_finds_lost_hooks_and_wrong_answers_and_says_what_mends_them(
 def test_doctor_shows_each_mend_below_its_check(
     peercred: Peercred, host_check: Callable[[str], None]
 ) -> None:
-    host_check(says_all_is_well("a\x1bb"))
+    host_check(says("ok", "a\x1bb"))
 
     done = peercred("doctor")
 
@@ -792,7 +814,7 @@ def test_doctor_shows_each_mend_below_its_check(
 def test_doctor_cannot_tell_of_hooks_when_no_daemon_answers(
     tmp_path: Path, peercred: Peercred, host_check: Callable[[str], None]
 ) -> None:
-    host_check(says_all_is_well())
+    host_check(says("ok"))
 
     done = peercred("doctor", "--json", "--address", f"unix:{tmp_path}/nobody.sock")
 
@@ -833,7 +855,7 @@ def test_doctor_survives_a_daemon_that_cannot_check_its_host(
 def test_doctor_runs_nothing_that_lies_in_the_current_directory(
     peercred: Peercred, host_check: Callable[[str], None], tmp_path: Path
 ) -> None:
-    host_check(says_all_is_well())
+    host_check(says("ok"))
     trap = tmp_path / "trap"
     (trap / "peercredd").mkdir(parents=True)
     (trap / "peercredd" / "__init__.py").touch()
@@ -852,8 +874,3 @@ def test_doctor_runs_nothing_that_lies_in_the_current_directory(
 
     assert json.loads(done.stdout)["checks"][0]["detail"] == "loaded"
     assert not (trap / "sprung").exists()
-
-
-def answered_status(canned: CannedDaemon) -> pb.GetStatusResponse:
-    assert isinstance(canned.status, pb.GetStatusResponse)
-    return canned.status
