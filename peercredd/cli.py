@@ -17,7 +17,8 @@ import click
 import msgspec
 from click.shell_completion import get_completion_class
 
-from peercredd import __version__, config, defaults
+import peercredd
+from peercredd import config, defaults
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Load = Callable[[], config.Effective]
@@ -67,6 +68,12 @@ def _with_config_flags(command: Command) -> Command:
     return command
 
 
+def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        click.echo(f"peercredd {peercredd.__version__}")
+        context.exit()
+
+
 @click.group(
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -79,7 +86,15 @@ def _with_config_flags(command: Command) -> Command:
         "sudo peercredd check                        can this machine run it?",
     ),
 )
-@click.version_option(__version__, "-V", "--version", message="peercredd %(version)s")
+@click.option(
+    "-V",
+    "--version",
+    is_flag=True,
+    is_eager=True,
+    expose_value=False,
+    callback=_show_version,
+    help="Show the version and exit.",
+)
 @click.option(
     "--config",
     "config_file",

@@ -48,7 +48,7 @@ class Capture(_Table, frozen=True):
 
     pin_dir: Annotated[
         str,
-        _path("Folder on a bpffs where maps and attachments are pinned. Mounted if it is not."),
+        _path("Folder on a bpffs where maps and attachments are pinned; mounted at /sys/fs/bpf."),
     ] = defaults.PIN_DIR
     cgroup: Annotated[
         str,

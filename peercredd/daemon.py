@@ -132,7 +132,8 @@ async def _sweep_at_intervals(config: Config) -> None:
         except children.ChildError as error:
             log.warning("stale records stay for now", reason=str(error))
         else:
-            log.debug("swept", **json.loads(summary))
+            counts = json.loads(summary)
+            (log.info if any(counts.values()) else log.debug)("swept", **counts)
 
 
 def notify_systemd(state: str) -> None:

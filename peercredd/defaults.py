@@ -14,8 +14,8 @@ CGROUP: Final = "root"
 """Not a path: where cgroup v2 is mounted differs between unified and hybrid hosts."""
 
 MAX_CONNECTIONS: Final = 131_072
-"""Both ends of a connection take a port: this is four times the 28,232 ephemeral ports
-that one pair of loopback addresses has."""
+"""More than four times the 28,232 ephemeral ports that a client address has to one server
+port."""
 
 MAX_PENDING: Final = 32_768
 """Connections between SYN and establishment. A listener's queue is 4,096 by default
@@ -28,7 +28,7 @@ GROUP: Final = "peercredd"
 """Made by packaging's sysusers.d; its members may ask about every connection."""
 
 SWEEP_INTERVAL_SECONDS: Final = 30
-"""One sock_diag dump each: some milliseconds, at most 1/1000 of one CPU."""
+"""A sweep takes some 60 ms of CPU, most of it to start: 1/500 of one CPU."""
 
 PENDING_AGE_SECONDS: Final = 120
 """About as long as the kernel sends SYNs for (tcp_syn_retries = 6: 127 s)."""

@@ -27,6 +27,13 @@ def test_arguments_arrive_and_output_comes_back(module: Path) -> None:
     assert asyncio.run(outcome()).strip() == '{"name": "a \'b\' \\"c\\"", "count": 3}'
 
 
+def test_ctrl_c_on_a_terminal_does_not_reach_a_child(module: Path) -> None:
+    # A terminal signals every process of its foreground group.
+    module.write_text("import os; print(os.getpgrp())")
+
+    assert int(asyncio.run(outcome())) != os.getpgrp()
+
+
 @pytest.mark.parametrize(
     ("program", "said"),
     [

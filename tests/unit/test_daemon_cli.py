@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -237,6 +238,13 @@ def test_bash_completes_commands_flags_and_choices() -> None:
     assert complete("") >= {"check", "completion", "config", "unload"}
     assert complete("--sweep-i") == {"--sweep-interval-seconds"}
     assert complete("--log-level", "") == {"debug", "info", "warning", "error"}
+
+
+def test_the_version_is_shown(peercredd: Run) -> None:
+    done = peercredd("--version")
+
+    assert done.returncode == 0
+    assert re.fullmatch(r"peercredd (\d\S+|unknown.*)\n", done.stdout)
 
 
 def test_help_shows_every_flag_its_default_and_examples(peercredd: Run) -> None:

@@ -1,3 +1,4 @@
+import contextlib
 import socket
 
 import pytest
@@ -149,11 +150,8 @@ def test_what_is_said_of_a_huge_address_is_short_and_one_line() -> None:
 
 @given(st.text(), st.integers(0, 2**32 - 1))
 def test_no_text_and_no_port_does_anything_but_parse_or_be_rejected(text: str, port: int) -> None:
-    try:
+    with contextlib.suppress(InvalidKey):
         parse(between(endpoint(text, port), endpoint()))
-    except InvalidKey as error:
-        assert error.field
-    else:
         assert 0 < port < 65536
 
 

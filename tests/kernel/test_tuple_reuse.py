@@ -1,0 +1,164 @@
+"""The same four numbers, one user after another, while old sockets are still open."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Callable
+
+import pytest
+from peercred import NotFound
+from peercred.v1 import peer_credentials_pb2 as pb
+
+from harness import oracle, steps
+from harness.actors import Actor
+from harness.daemon import Daemon
+from harness.routes import USUAL
+from harness.stage import Listener, Stage
+from harness.steps import Address, Both, Route
+from harness.users import ALICE, BOB, CAROL, SERVICE
+
+pytestmark = pytest.mark.kernel
+
+
+@pytest.fixture(params=USUAL, ids=str)
+def route(request: pytest.FixtureRequest) -> Route:
+    route: Route = request.param
+    return route
+
+
+End = Callable[[Actor, int, Actor, int], None]
+
+
+def by_reset(client: Actor, end: int, server: Actor, accepted: int) -> None:
+    client(steps.reset, end)
+    server(steps.wait_until_hung_up, accepted)
+
+
+def by_shutdown(client: Actor, end: int, server: Actor, accepted: int) -> None:
+    # The server's side comes first, so that it is the one that waits in TIME_WAIT:
+    # its socket is CLOSE, and a new SYN may take the tuple over.
+    server(steps.shutdown, accepted, socket.SHUT_RDWR)
+    client(steps.shutdown, end, socket.SHUT_RDWR)
+    server(steps.wait_until_closed, accepted)
+
+
+ways_to_end = pytest.mark.parametrize("end", [by_reset, by_shutdown], ids=["reset", "shutdown"])
+
+
+class Names:
+    """One tuple, in the words of either end."""
+
+    def __init__(self, server: Actor, accepted: int) -> None:
+        self.local, self.remote = server(steps.names, accepted)
+        self.client: Address = (self.remote[0], self.remote[1])
+
+    def key(self, cookie: int | None = None) -> pb.ConnectionKey:
+        key = pb.ConnectionKey(
+            local=pb.Endpoint(address=self.local[0], port=self.local[1]),
+            remote=pb.Endpoint(address=self.remote[0], port=self.remote[1]),
+        )
+        if cookie is not None:
+            key.socket_cookie = cookie
+        return key
+
+
+def cookie_of(actor: Actor, fd: int) -> int:
+    with actor.borrow(fd) as sock:
+        return oracle.cookie(sock)
+
+
+def first_connection(
+    stage: Stage, route: Route
+) -> tuple[Listener, Actor, Both[int], Actor, Both[int]]:
+    server, client = stage.actor(SERVICE), stage.actor(ALICE)
+    listener = stage.listen(server, route)
+    local = (route.target, 0)
+    ends = stage.connect(client, listener, local=local)
+    return listener, server, server(steps.accept, listener.fds), client, ends
+
+
+@ways_to_end
+def test_an_old_accepted_socket_answers_with_its_own_user_by_cookie(
+    stage: Stage, daemon: Daemon, route: Route, end: End
+) -> None:
+    listener, server, old, alice, ends = first_connection(stage, route)
+    names = Names(server, old.tcp)
+    end(alice, ends.tcp, server, old.tcp)
+    bob = stage.actor(BOB)
+    new_ends = stage.connect(bob, listener, local=names.client)
+    new = server(steps.accept, listener.fds)
+    assert server(steps.names, new.tcp) == (names.local, names.remote)
+
+    assert stage.peer(server, old)[:2] == (alice.pid, ALICE)
+    assert stage.peer(server, new)[:2] == (bob.pid, BOB)
+    assert stage.peer(bob, new_ends)[:2] == (server.pid, SERVICE)
+    both = names.key(cookie_of(server, old.tcp))
+    try:
+        assert oracle.ask_raw(daemon.address, both).peer.uid == ALICE
+    except NotFound as refused:
+        assert refused.reason == "RETIRED"
+    assert oracle.ask_raw(daemon.address, names.key()).peer.uid == BOB
+    new_both = names.key(cookie_of(server, new.tcp))
+    assert oracle.ask_raw(daemon.address, new_both).peer.uid == BOB
+
+
+@ways_to_end
+def test_the_tuple_of_a_newer_connection_that_is_gone_does_not_name_the_older(
+    stage: Stage, daemon: Daemon, route: Route, end: End
+) -> None:
+    listener, server, old, alice, ends = first_connection(stage, route)
+    names = Names(server, old.tcp)
+    end(alice, ends.tcp, server, old.tcp)
+    bob = stage.actor(BOB)
+    new_ends = stage.connect(bob, listener, local=names.client)
+    new = server(steps.accept, listener.fds)
+    bob(steps.reset, new_ends.tcp)
+    server(steps.close, new)
+    with pytest.raises(NotFound) as refused:
+        oracle.ask_raw(daemon.address, names.key())
+    assert refused.value.reason == "RETIRED"
+    assert stage.peer(server, old)[:2] == (alice.pid, ALICE)
+
+
+@ways_to_end
+def test_ten_generations_of_one_tuple_are_told_apart(
+    stage: Stage, daemon: Daemon, route: Route, end: End
+) -> None:
+    listener, server, accepted, client, ends = first_connection(stage, route)
+    names = Names(server, accepted.tcp)
+    generations = [(client, accepted)]
+    for number in range(1, 10):
+        end(client, ends.tcp, server, accepted.tcp)
+        client = stage.actor(ALICE + number)
+        ends = stage.connect(client, listener, local=names.client)
+        accepted = server(steps.accept, listener.fds)
+        generations.append((client, accepted))
+        assert oracle.ask_raw(daemon.address, names.key()).peer.uid == ALICE + number
+    for number, (client, accepted) in enumerate(generations):
+        assert stage.peer(server, accepted)[:2] == (client.pid, ALICE + number)
+
+
+def test_an_old_client_socket_answers_with_its_own_listener_by_cookie(
+    stage: Stage, daemon: Daemon, route: Route
+) -> None:
+    listener, server, old, alice, ends = first_connection(stage, route)
+    names = Names(server, old.tcp)
+    old_cookie = cookie_of(alice, ends.tcp)
+    server(steps.reset, old.tcp)
+    alice(steps.wait_until_hung_up, ends.tcp)
+    server.exit()
+    second_server, bob = stage.actor(CAROL), stage.actor(BOB)
+    second = stage.listen(second_server, route, port=names.local[1])
+    new_ends = stage.connect(bob, second, local=names.client)
+    new = second_server(steps.accept, second.fds)
+    assert second_server(steps.names, new.tcp) == (names.local, names.remote)
+
+    assert stage.peer(alice, ends)[:2] == (server.pid, SERVICE)
+    assert stage.peer(bob, new_ends)[:2] == (second_server.pid, CAROL)
+    key = pb.ConnectionKey(local=names.key().remote, remote=names.key().local)
+    assert oracle.ask_raw(daemon.address, key).peer.uid == CAROL
+    key.socket_cookie = old_cookie
+    try:
+        assert oracle.ask_raw(daemon.address, key).peer.uid == SERVICE
+    except NotFound as refused:
+        assert refused.reason == "RETIRED"
