@@ -89,6 +89,8 @@ async def _live(config: Config, cgroup: Path) -> None:
             "max_pending": capture.max_pending,
         },
     )
+    # Until it serves, a daemon that fails takes away no more than it has brought.
+    ends_capture = False
     try:
         async with loading as loader:
             log.debug("loading", pid=loader.pid)
@@ -97,6 +99,7 @@ async def _live(config: Config, cgroup: Path) -> None:
 
             output = await children.result(loader, "loader", defaults.LOADER_TIMEOUT_SECONDS)
         loaded = json.loads(output)
+        ends_capture = not loaded["adopted"]
         if missing := loaded.get("missing_fields"):
             log.warning("this kernel does not provide all of the credentials", missing=missing)
         with contextlib.closing(Store(pin_dir)) as store:
@@ -110,10 +113,13 @@ async def _live(config: Config, cgroup: Path) -> None:
                     seconds_to_first_answer=round(_age_seconds(), 2),
                 )
                 notify_systemd("READY=1")
+                ends_capture = True
                 await _sweep_at_intervals(config)
+    except asyncio.CancelledError:
+        ends_capture = True
+        raise
     finally:
-        if not capture.keep:
-            pins.remove(pin_dir)
+        pins.remove(pin_dir, keep_capture=capture.keep or not ends_capture)
 
 
 async def _sweep_at_intervals(config: Config) -> None:

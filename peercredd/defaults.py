@@ -13,13 +13,13 @@ PIN_DIR: Final = "/sys/fs/bpf/peercredd"
 CGROUP: Final = "root"
 """Not a path: where cgroup v2 is mounted differs between unified and hybrid hosts."""
 
-MAX_CONNECTIONS: Final = 131_072
-"""More than four times the 28,232 ephemeral ports that a client address has to one server
-port."""
+MAX_CONNECTIONS: Final = 65_536
+"""Twice the 28,232 ephemeral ports that one pair of loopback addresses has. Larger tables
+leave the CPU's cache sooner, and then every connect() pays."""
 
-MAX_PENDING: Final = 32_768
+MAX_PENDING: Final = 16_384
 """Connections between SYN and establishment. A listener's queue is 4,096 by default
-(net.core.somaxconn), so this is eight of them full."""
+(net.core.somaxconn), so this is four of them full."""
 
 SOCKET: Final = "/run/peercredd/peercredd.sock"
 """systemd's RuntimeDirectory= makes the folder, and tmpfs forgets it at boot."""

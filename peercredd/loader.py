@@ -1,7 +1,7 @@
 """The short-lived process that compiles, attaches and pins a capture.
 
-``python -m peercredd.loader JSON`` with pin_dir, cgroup, max_connections and
-max_pending; its parent holds the pin directory. Exit status 0: the pins are in
+``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, max_connections and
+max_pending; its parent, of that pid, holds the pin directory. Exit status 0: the pins are in
 place, and standard output has one JSON object; 1: one line on standard error
 says why not, and nothing is left attached. ``--dry-run`` has the kernel verify
 the programs, and attaches nothing.
@@ -32,6 +32,8 @@ def main(arguments: list[str]) -> int:
     """Run the loader; returns its exit status."""
     # Half a capture is worse than none: if the daemon dies, so does its loader.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if len(arguments) > 1 and os.getppid() != int(arguments[1]):
+        return 1  # it died before the line above
     try:
         if arguments == ["--dry-run"]:
             loaded = capture.load(max_connections=1024, max_pending=1024)

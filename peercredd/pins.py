@@ -66,22 +66,23 @@ def hold(pin_dir: Path) -> Iterator[None]:
         _make(pin_dir)
 
 
-def remove(pin_dir: Path) -> bool:
+def remove(pin_dir: Path, *, keep_capture: bool = False) -> bool:
     """Detach and unpin whatever is in a pin directory, and remove it.
 
-    True if there was a capture, whole or in part. The caller holds the directory.
+    With `keep_capture` only what a crashed loader left goes, and the directory
+    if nothing else is in it. The caller holds the directory.
+
+    Returns:
+        Whether there was anything to remove.
     """
-    removed = clean(pin_dir)
-    with suppress(FileNotFoundError):
+    removed = clean(pin_dir, keep_capture=keep_capture)
+    if pin_dir.is_dir() and not any(pin_dir.iterdir()):
         pin_dir.rmdir()
     return removed
 
 
 def clean(pin_dir: Path, *, keep_capture: bool = False) -> bool:
-    """Like `remove`, but the directory itself stays.
-
-    With `keep_capture` only what a crashed loader left goes.
-    """
+    """Do as `remove` does, but leave the directory itself."""
     found = False
     for folder in list(pin_dir.iterdir()) if pin_dir.is_dir() else []:
         if folder.name.startswith(_STAGING) or (folder.name == CAPTURE and not keep_capture):

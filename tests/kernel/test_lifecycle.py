@@ -209,3 +209,13 @@ def test_a_detached_program_is_noticed_and_replaced_at_the_next_start(
 
     with run_daemon(own_cgroup, pin_dir):
         assert attached(own_cgroup) == ONE
+
+
+def test_a_daemon_that_cannot_serve_leaves_the_capture_that_it_found(
+    own_cgroup: Cgroup, pin_dir: Path
+) -> None:
+    run_daemon(own_cgroup, pin_dir, "--keep").close(keeps=True)
+
+    with pytest.raises(RuntimeError, match="/dev/null"):
+        run_daemon(own_cgroup, pin_dir, "--socket", "/dev/null")
+    assert attached(own_cgroup) == ONE
