@@ -132,11 +132,12 @@ static __always_inline void forget(u64 server_cookie, struct connection *record)
 }
 
 /* Each end of a connection counts itself once; the later of the two retires it. */
-static __always_inline void end_gone(u64 server_cookie)
+static __always_inline void end_gone(u64 server_cookie, u32 flag)
 {
     struct connection *record = connections.lookup(&server_cookie);
     if (!record)
         return;
+    record->flags |= flag;
     __sync_fetch_and_add(&record->ends_gone, 1);
     if (record->ends_gone >= 2)
         forget(server_cookie, record);
@@ -147,7 +148,7 @@ static __always_inline void server_end_gone(struct server_socket *server, u64 co
     if (server->gone)
         return;
     server->gone = 1;
-    end_gone(cookie);
+    end_gone(cookie, SERVER_GONE);
 }
 
 static __always_inline void client_end_gone(u64 cookie)
@@ -158,7 +159,7 @@ static __always_inline void client_end_gone(u64 cookie)
     u64 server_cookie = *found;
     /* Only one of several that close the same socket at once succeeds here. */
     if (by_client.delete(&cookie) == 0)
-        end_gone(server_cookie);
+        end_gone(server_cookie, 0);
 }
 
 /* The last descriptor of a socket goes: its owner can not ask any more. */
@@ -211,7 +212,8 @@ static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)
 }
 
 /* A socket reaches TCP_CLOSE. If a descriptor is left its owner can still ask: after
- * a reset, unread data is still there and AF_UNIX still names the peer. */
+ * a reset, unread data is still there and AF_UNIX still names the peer. Without one,
+ * a server socket that was reset waits for accept(), which will hand it out. */
 static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 old_state)
 {
     struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
@@ -220,7 +222,11 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
     if (server && server->gone && !server->is_client)
         return;
 
-    bool over = LOAD(u64, socket, sock_socket) == 0 || was_disconnected(socket, old_state);
+    bool has_descriptor = LOAD(u64, socket, sock_socket) != 0;
+    bool in_queue = server && !has_descriptor && LOAD(u32, socket, sock_err) != 0;
+    /* A subflow of MPTCP has no descriptor of its own: no release will come. */
+    bool over = (!has_descriptor && !in_queue) || was_disconnected(socket, old_state) ||
+                LOAD(u8, socket, tcp_is_mptcp) & MASK_tcp_is_mptcp;
     if (!server) {
         drop_pending(socket, cookie, old_state);
         if (over)
@@ -230,7 +236,7 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
     } else {
         struct connection *record = connections.lookup(&cookie);
         if (record)
-            record->flags |= CLOSED_WITH_DESCRIPTOR;
+            record->flags |= in_queue ? CLOSED_IN_QUEUE : CLOSED_WITH_DESCRIPTOR;
     }
 }
 

@@ -76,6 +76,8 @@ struct pending {
 
 /* connection.flags */
 #define CLOSED_WITH_DESCRIPTOR (1U << 0) /* in TCP_CLOSE, its owner can still ask */
+#define CLOSED_IN_QUEUE (1U << 1)        /* in TCP_CLOSE, waiting for accept() */
+#define SERVER_GONE (1U << 2)            /* the server's socket was closed or disconnected */
 
 /* An established connection. */
 struct connection {

@@ -56,7 +56,10 @@ REQUIRED = {
 }
 """What no answer can do without: macro name to member. An absent one is an error."""
 
-BITFIELDS = {"tcp_fastopen_connect": "tcp_sock.fastopen_connect"}
+BITFIELDS = {
+    "tcp_fastopen_connect": "tcp_sock.fastopen_connect",
+    "tcp_is_mptcp": "tcp_sock.is_mptcp",
+}
 """Required too; the compiler gets a byte offset and a mask."""
 
 OPTIONAL = {

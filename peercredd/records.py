@@ -97,6 +97,10 @@ CONNECTION_SIZE = LISTENER_OFFSET + CREDENTIALS.size
 
 CLOSED_WITH_DESCRIPTOR = 1 << 0
 """connection.flags: in TCP_CLOSE, and its owner can still ask. sock_diag lists it no more."""
+CLOSED_IN_QUEUE = 1 << 1
+"""Likewise, and nobody had accepted it yet. Should nobody ever, the kernel does not say so."""
+SERVER_GONE = 1 << 2
+"""The server's socket was closed, or disconnected and may be in use as another's by now."""
 
 ABOUT_SIZE = 4096
 

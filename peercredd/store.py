@@ -115,9 +115,11 @@ class Store:
     def find_by_socket(self, cookie: int) -> Answer | Reason:
         """The peer of the socket with this cookie, which may be either end."""
         key = _COOKIE.pack(cookie)
-        data = self._connections.lookup(key)
-        if data and (answer := _answer(data, asker_is_server=True)):
-            return answer
+        as_server = self._connections.lookup(key)
+        if as_server and not _server_is_gone(as_server):
+            answer = _answer(as_server, asker_is_server=True)
+            if answer:
+                return answer
         server = self._by_client.lookup(key)
         if server and (data := self._connections.lookup(server)):
             answer = _answer(data, asker_is_server=False)
@@ -125,6 +127,8 @@ class Store:
                 return Reason.OLDER_THAN_CAPTURE
             if answer.client_socket_cookie == cookie:
                 return answer
+        if as_server:
+            return Reason.RETIRED
         return self._absence(records.hash_of_cookie(cookie))
 
     def find_by_tuple(
@@ -224,6 +228,11 @@ def _answer(data: bytes, asker_is_server: bool) -> Answer | None:
         client,
         established,
     )
+
+
+def _server_is_gone(data: bytes) -> bool:
+    _, flags = records.CONNECTION_ENDS.unpack_from(data, records.CONNECTION_ENDS_OFFSET)
+    return bool(flags & records.SERVER_GONE)
 
 
 def _is_attached(link: int) -> bool:

@@ -30,8 +30,8 @@ def test_both_ends_are_known_over_every_spelling_of_loopback(stage: Stage, route
 
 
 @pytest.mark.parametrize("route", MULTIPATH, ids=str)
-def test_both_ends_are_known_over_multipath_tcp(stage: Stage, route: Route) -> None:
-    check_both_ends(stage, route)
+def test_both_ends_are_known_over_multipath_tcp(swept_stage: Stage, route: Route) -> None:
+    check_both_ends(swept_stage, route)
 
 
 @pytest.mark.parametrize("route", LAN, ids=str)

@@ -156,10 +156,15 @@ def test_a_deferred_fast_open_socket_taken_over_by_another_is_the_others(
     assert stage.peer(server, accepted)[:2] == (other.pid, BOB)
 
 
+# The kernel closes the subflows of a multipath socket where no program is told of it: what
+# is left of them is swept.
+
+
 @pytest.mark.parametrize("route", MULTIPATH, ids=str)
 def test_a_deferred_fast_open_of_multipath_tcp_never_lends_the_writers_name(
-    stage: Stage, route: Route
+    swept_stage: Stage, route: Route
 ) -> None:
+    stage = swept_stage
     listener, (server, client, writer, _) = fast_open_stage(stage, route, FAST_OPEN)
     ends = stage.connect(client, listener, steps.connect_deferred)
     writer(steps.write, Both(*client.give(ends, to=writer)))
@@ -173,9 +178,10 @@ def test_a_deferred_fast_open_of_multipath_tcp_never_lends_the_writers_name(
 
 
 @pytest.mark.parametrize("route", MULTIPATH, ids=str)
-def test_a_multipath_client_that_is_gone_before_accept_leaves_no_other_name(
-    stage: Stage, route: Route
+def test_a_multipath_client_that_is_gone_before_accept_is_known(
+    swept_stage: Stage, route: Route
 ) -> None:
+    stage = swept_stage
     server, client = stage.actor(SERVICE), stage.actor(ALICE)
     listener = stage.listen(server, route)
     stage.connect(client, listener)
@@ -306,7 +312,21 @@ def test_a_connection_nobody_accepts_leaves_nothing(stage: Stage, route: Route) 
     play_connections_nobody_accepts(stage, route)
 
 
-# The kernel closes the subflows of a multipath socket where no program is told of it.
+def test_connections_reset_before_accept_and_never_accepted_are_swept(
+    swept_stage: Stage, route: Route
+) -> None:
+    stage = swept_stage
+    server = stage.actor(SERVICE)
+    listener = stage.listen(server, route)
+    for data in (b"", b"unread"):
+        client = stage.actor(ALICE)
+        ends = stage.connect(client, listener)
+        if data:
+            client(os.write, ends.tcp, data)
+        client(steps.reset_delivered, ends.tcp)
+        client.exit()
+    server.exit()
+    stage.wait_until_empty()
 
 
 @pytest.mark.parametrize("route", MULTIPATH, ids=str)

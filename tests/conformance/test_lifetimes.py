@@ -9,7 +9,7 @@ from peercred import NotFound
 from harness import steps
 from harness.actors import Actor
 from harness.oracle import as_peer
-from harness.routes import MULTIPATH, USUAL, V4
+from harness.routes import MULTIPATH, V4
 from harness.stage import Listener, Stage
 from harness.steps import Both, Route
 from harness.users import ALICE, BOB, CAROL, DAVE, GAMES, SERVICE, STAFF
@@ -78,15 +78,20 @@ def test_a_client_that_resets_after_accept_is_known(
     assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
 
 
-def test_a_client_that_resets_before_accept_is_known(stage: Stage, route: Route) -> None:
+@pytest.mark.parametrize("data", [b"", b"unread"], ids=["nothing", "unread data"])
+def test_a_client_that_resets_before_accept_is_known(
+    stage: Stage, route: Route, data: bytes
+) -> None:
     server, client = stage.actor(SERVICE), stage.actor(ALICE)
     listener = stage.listen(server, route)
     ends = stage.connect(client, listener)
-    client(os.write, ends.tcp, b"unread")
+    if data:
+        client(os.write, ends.tcp, data)
     client(steps.reset_delivered, ends.tcp)
     accepted = server(steps.accept, listener.fds)
     assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
-    assert server(os.read, accepted.tcp, 100) == b"unread"
+    if data:
+        assert server(os.read, accepted.tcp, 100) == data
     assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
 
 
@@ -122,8 +127,18 @@ def test_a_client_whose_process_was_reaped_keeps_its_number(stage: Stage, route:
     assert stage.peer(server, server(steps.accept, listener.fds))[:2] == (child.pid, ALICE)
 
 
-@pytest.mark.parametrize("route", [*USUAL, *MULTIPATH], ids=str)
 def test_a_socket_handed_over_is_still_its_connectors(stage: Stage, route: Route) -> None:
+    play_handing_over(stage, route)
+
+
+@pytest.mark.parametrize("route", MULTIPATH, ids=str)
+def test_a_multipath_socket_handed_over_is_still_its_connectors(
+    swept_stage: Stage, route: Route
+) -> None:
+    play_handing_over(swept_stage, route)
+
+
+def play_handing_over(stage: Stage, route: Route) -> None:
     _, server, accepted, client, ends = connected(stage, route)
     heir, other_server = stage.actor(BOB), stage.actor(CAROL)
     inherited = Both(*client.give(ends, to=heir))
@@ -197,7 +212,8 @@ def test_a_listener_that_was_shut_down_is_who_listens_next(stage: Stage, route: 
     fds = Both(*first.give(listener.fds, to=second))
     first(steps.shutdown, listener.fds.tcp, socket.SHUT_RDWR)
     second(steps.listen, fds)
-    ends = stage.connect(client, listener)
+    ends = client(steps.sockets, route)
+    client(steps.connect, ends, second(steps.addresses, fds, route))
     assert stage.peer(client, ends)[:2] == (second.pid, BOB)
     assert stage.peer(second, second(steps.accept, fds))[:2] == (client.pid, ALICE)
 
@@ -257,7 +273,7 @@ def test_a_disconnected_socket_connected_anew_is_the_new_users(stage: Stage, rou
 def test_an_accepted_socket_that_was_disconnected_has_no_peer(stage: Stage, route: Route) -> None:
     _, server, accepted, client, ends = connected(stage, route)
     server(steps.disconnect, accepted.tcp)
-    assert stage.refusal(server, accepted.tcp) == "INVALID_ARGUMENT"
+    assert stage.refusal(server, accepted.tcp) == "RETIRED"
     assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
 
 
@@ -339,6 +355,7 @@ def test_what_can_still_be_asked_is_not_swept(swept_stage: Stage, route: Route) 
             assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
 
 
+@pytest.mark.xfail(reason="the cgroup hook set is not told of a second listen()", strict=True)
 def test_a_listener_may_listen_again_and_is_then_the_one_who_did(stage: Stage) -> None:
     first, second, client = stage.actor(SERVICE), stage.actor(BOB), stage.actor(ALICE)
     listener = stage.listen(first, V4)

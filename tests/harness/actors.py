@@ -35,12 +35,13 @@ class Call(Generic[R]):
         self._actor = actor
         self._step = step
 
-    def result(self) -> R:
+    def result(self, seconds: float = WAIT_SECONDS) -> R:
         """Wait for the step to end; raises what it raised."""
+        self._actor.control.settimeout(seconds)
         try:
             done, value = receive(self._actor.control)
         except TimeoutError as error:
-            message = f"pid {self._actor.pid} is still in {self._step} after {WAIT_SECONDS} s"
+            message = f"pid {self._actor.pid} is still in {self._step} after {seconds} s"
             raise TimeoutError(message) from error
         if not done:
             raise value
@@ -54,7 +55,6 @@ class Actor:
         self.control = control
         self.pid = pid
         self._pidfd = os.pidfd_open(pid)
-        control.settimeout(WAIT_SECONDS)
 
     def __call__(self, step: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """Run a step and return what it returns; raises what it raises."""

@@ -8,8 +8,13 @@ import socket
 import struct
 from typing import NamedTuple
 
+import grpc
 import peercred
+from google.rpc import code_pb2
+from google.rpc.error_details_pb2 import ErrorInfo
 from peercred import Basis, InvalidArgument, NotFound, PeerCredentials
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as rpc
 
 from harness.steps import IPPROTO_MPTCP, Both
 
@@ -81,6 +86,22 @@ def same_peer(client: peercred.Client, sockets: Both[socket.socket]) -> Peer:
     found = as_peer(tcp_answer(client, sockets.tcp))
     assert found == expected, f"TCP says {found}, AF_UNIX says {expected}"
     return found
+
+
+def ask_raw(address: str, key: pb.ConnectionKey) -> pb.LookupResponse:
+    """Ask with a key that the client library would not send; raises NotFound with its reason.
+
+    Raises AssertionError for any other refusal.
+    """
+    with grpc.insecure_channel(address) as channel:
+        results = rpc.PeerCredentialsStub(channel).BatchLookup(pb.BatchLookupRequest(keys=[key]))
+    (result,) = results.results
+    if result.HasField("found"):
+        return result.found
+    info = ErrorInfo()
+    assert result.error.details[0].Unpack(info)
+    assert result.error.code == code_pb2.NOT_FOUND, result.error.message
+    raise NotFound(result.error.message, info.reason)
 
 
 def refusal(client: peercred.Client, sock: socket.socket) -> str:

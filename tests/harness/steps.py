@@ -17,6 +17,7 @@ import termios
 import threading
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
 from harness.channel import Descriptor
@@ -54,6 +55,8 @@ DEFER_ACCEPT = (socket.IPPROTO_TCP, socket.TCP_DEFER_ACCEPT, 60)
 
 Addresses = Both[Any]
 """Where to connect: an abstract AF_UNIX name, and (host, port)."""
+ThreadCredentials = tuple[int, int, tuple[int, ...]]
+"""Uid, gid and supplementary groups."""
 Option = tuple[int, int, int]
 """Level, name and value of a socket option."""
 
@@ -94,29 +97,58 @@ def if_permitted(step: Callable[P, R], *arguments: P.args, **named: P.kwargs) ->
 
 
 def in_thread(
-    credentials: tuple[int, int, tuple[int, ...]] | None,
+    credentials: ThreadCredentials | None,
     step: Callable[P, R],
     *arguments: P.args,
     **named: P.kwargs,
 ) -> tuple[int, R]:
-    """Do the step in a thread with (uid, gid, groups) of its own; returns its tid too."""
+    """Do the step in a thread, with ids of its own if given; returns its tid too."""
     answers: list[tuple[int, R]] = []
     errors: list[Exception] = []
+    tids: list[int] = []
 
     def run() -> None:
+        tids.append(threading.get_native_id())
         try:
             if credentials:
                 set_thread_credentials(*credentials)
-            answers.append((threading.get_native_id(), step(*arguments, **named)))
+            answers.append((tids[0], step(*arguments, **named)))
         except Exception as error:  # noqa: BLE001 - it is raised again in the caller
             errors.append(error)
 
     thread = threading.Thread(target=run)
     thread.start()
     thread.join()
+    _wait_until_gone(tids[0])
     if errors:
         raise errors[0]
     return answers[0]
+
+
+def _wait_until_gone(tid: int) -> None:
+    """Wait until the kernel has no such thread of ours, which is after join() returns.
+
+    glibc's setresuid() aborts the process when it succeeds in one thread and fails in
+    another, which may have ids of its own.
+    """
+    while Path(f"/proc/self/task/{tid}").exists():
+        os.sched_yield()
+
+
+def in_thread_if_permitted(
+    credentials: ThreadCredentials | None,
+    step: Callable[P, R],
+    *arguments: P.args,
+    **named: P.kwargs,
+) -> R:
+    """Do the step in a thread, with ids of its own unless the kernel forbids them."""
+
+    def run() -> R:
+        if credentials:
+            if_permitted(set_thread_credentials, *credentials)
+        return step(*arguments, **named)
+
+    return in_thread(None, run)[1]
 
 
 def connect_in_threads(uids: list[int], target: Any) -> dict[int, int]:
@@ -137,6 +169,8 @@ def connect_in_threads(uids: list[int], target: Any) -> dict[int, int]:
         thread.start()
     for thread in threads:
         thread.join()
+        assert thread.native_id
+        _wait_until_gone(thread.native_id)
     return by_port
 
 
@@ -215,19 +249,35 @@ def start_connect(fd: int, target: Any) -> None:
 
 
 def connect_fast_open(fds: Both[int], targets: Addresses) -> None:
-    """connect() by sending: the first bytes travel in the SYN."""
+    """connect() by sending: the first byte travels in the SYN."""
     connect_one(fds.unix, targets.unix)
-    with _borrow(fds.tcp) as tcp:
-        tcp.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
-        tcp.sendto(b"x", socket.MSG_FASTOPEN, targets.tcp)
+    fast_open(fds.tcp, targets.tcp)
+
+
+def fast_open(fd: int, target: Any) -> None:
+    """connect() of a TCP socket by sending a byte."""
+    with _borrow(fd) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
+        sock.sendto(b"x", socket.MSG_FASTOPEN, target)
 
 
 def connect_deferred(fds: Both[int], targets: Addresses) -> None:
     """connect() that only promises: TCP's SYN leaves at the first write."""
     connect_one(fds.unix, targets.unix)
-    with _borrow(fds.tcp) as tcp:
-        tcp.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
-        tcp.connect(targets.tcp)
+    defer(fds.tcp, targets.tcp)
+
+
+def defer(fd: int, target: Any) -> None:
+    """connect() of a TCP socket that only promises."""
+    with _borrow(fd) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_CONNECT, 1)
+        sock.connect(target)
+
+
+def defer_and_write(fd: int, target: Any) -> None:
+    """connect() of a TCP socket that only promises, and the write that keeps the promise."""
+    defer(fd, target)
+    os.write(fd, b"x")
 
 
 class ByRing:

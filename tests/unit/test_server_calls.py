@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -443,6 +443,29 @@ def test_the_end_waits_for_no_stream(
             grpc.StatusCode.UNAVAILABLE,
             grpc.StatusCode.CANCELLED,
         )
+
+
+def test_a_call_under_way_at_the_end_is_finished(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "STOP_GRACE_SECONDS", 60)
+    view = MemoryView(*(connection(cookie) for cookie in range(1, 10_001)))
+
+    def rest(pages: Iterator[pb.ListConnectionsResponse]) -> int:
+        with suppress(ConnectionRefusedError, FileNotFoundError):
+            while True:  # until it listens no more
+                with socket.socket(socket.AF_UNIX) as probe:
+                    probe.connect(str(path))
+        return sum(len(page.connections) for page in pages)
+
+    with dialled(path) as channel, ThreadPoolExecutor(1) as reader:
+        with served(view, path):
+            pages = pb_grpc.PeerCredentialsStub(channel).ListConnections(
+                pb.ListConnectionsRequest()
+            )
+            first = len(next(pages).connections)
+            count = reader.submit(rest, pages)
+        assert first + count.result() == 10_000
 
 
 def test_a_second_server_is_refused_and_the_first_goes_on(
