@@ -18,11 +18,11 @@ from typing import NamedTuple
 
 import grpc
 from google.protobuf.empty_pb2 import Empty
-from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 from bench.child import Child, answer, orders
 from bench.crowd import Question
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 EMPTY_METHOD = "/peercred.bench.Empty/Call"
 KEYS_PER_BATCH = 1_000

@@ -13,8 +13,6 @@ from typing import NamedTuple
 
 import click
 import grpc
-from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 from bench.callers import KEYS_PER_BATCH, key
 from bench.crowd import FIRST_UID, Crowd, Question, question
@@ -24,6 +22,8 @@ from bench.gone import Clients
 from bench.rivals import RIVALS, Rival
 from bench.table import Row, Section, Target, Unit, Verdict
 from bench.timing import median_seconds
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 from peercredd.records import V4_MAPPED
 from peercredd.store import Answer, Store
 
@@ -49,7 +49,9 @@ def measure(effort: Effort) -> list[Section]:
     with ExitStack() as stack:
         few, many = (_Site(stack) for _ in range(2))
         few.crowd.grow(effort.open_sockets[0])
-        return [_by_open_sockets(effort, few, many), _after_exit(effort, many)]
+        by_open_sockets = _by_open_sockets(effort, few, many)
+    with ExitStack() as stack:
+        return [by_open_sockets, _after_exit(effort, _Site(stack))]
 
 
 class _Site:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import grpc
 import psutil
-from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 from bench.callers import callers, stretch
 from bench.crowd import Crowd
 from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 TARGET_BYTES = 45e6
 CALLERS = 4

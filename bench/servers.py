@@ -22,7 +22,6 @@ import grpc.aio
 import psutil
 import uvloop
 from google.protobuf.empty_pb2 import Empty
-from peercred.v1 import peer_credentials_pb2 as pb
 
 from bench.callers import EMPTY_METHOD, KEYS_PER_BATCH, Caller, callers, stretch
 from bench.child import Child, answer
@@ -30,6 +29,7 @@ from bench.crowd import Crowd
 from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
+from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.server import OPTIONS, handlers
 from peercredd.service import PeerCredentialsService
 from peercredd.store import Store

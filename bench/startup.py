@@ -8,14 +8,14 @@ import time
 
 import click
 import grpc
-from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 from bench.callers import key
 from bench.crowd import question
 from bench.daemon import running
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 TARGET_SECONDS = 2.0
 

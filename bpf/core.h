@@ -132,12 +132,13 @@ static __always_inline void forget(u64 server_cookie, struct connection *record)
 }
 
 /* Each end of a connection counts itself once; the later of the two retires it. */
-static __always_inline void end_gone(u64 server_cookie, u32 flag)
+static __always_inline void end_gone(u64 server_cookie, bool server)
 {
     struct connection *record = connections.lookup(&server_cookie);
     if (!record)
         return;
-    record->flags |= flag;
+    if (server)
+        record->server_gone = 1;
     __sync_fetch_and_add(&record->ends_gone, 1);
     if (record->ends_gone >= 2)
         forget(server_cookie, record);
@@ -148,7 +149,7 @@ static __always_inline void server_end_gone(struct server_socket *server, u64 co
     if (server->gone)
         return;
     server->gone = 1;
-    end_gone(cookie, SERVER_GONE);
+    end_gone(cookie, true);
 }
 
 static __always_inline void client_end_gone(u64 cookie)
@@ -159,7 +160,7 @@ static __always_inline void client_end_gone(u64 cookie)
     u64 server_cookie = *found;
     /* Only one of several that close the same socket at once succeeds here. */
     if (by_client.delete(&cookie) == 0)
-        end_gone(server_cookie, 0);
+        end_gone(server_cookie, false);
 }
 
 /* The last descriptor of a socket goes: its owner can not ask any more. */
@@ -235,8 +236,10 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
         release(storage, cookie);
     } else {
         struct connection *record = connections.lookup(&cookie);
-        if (record)
-            record->flags |= in_queue ? CLOSED_IN_QUEUE : CLOSED_WITH_DESCRIPTOR;
+        if (record && in_queue)
+            record->closed_in_queue = 1;
+        else if (record)
+            record->closed_with_descriptor = 1;
     }
 }
 

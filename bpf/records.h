@@ -74,11 +74,6 @@ struct pending {
     struct credentials client;
 };
 
-/* connection.flags */
-#define CLOSED_WITH_DESCRIPTOR (1U << 0) /* in TCP_CLOSE, its owner can still ask */
-#define CLOSED_IN_QUEUE (1U << 1)        /* in TCP_CLOSE, waiting for accept() */
-#define SERVER_GONE (1U << 2)            /* the server's socket was closed or disconnected */
-
 /* An established connection. */
 struct connection {
     /* Written last: a record in which it is 0 is not complete. */
@@ -88,7 +83,11 @@ struct connection {
     u64 listener_cookie; /* 0: the listener is older than the capture */
     struct tuple tuple;
     u32 ends_gone; /* at 2 nobody can ask any more */
-    u32 flags;
+    /* Each a byte of its own: CPUs write them without a lock. */
+    u8 closed_with_descriptor; /* in TCP_CLOSE, its owner can still ask */
+    u8 closed_in_queue;        /* in TCP_CLOSE, waiting for accept() */
+    u8 server_gone;            /* the server's socket was closed or disconnected */
+    u8 padding;
     struct credentials client;
     struct credentials listener;
 };

@@ -12,8 +12,8 @@ from socket import AF_INET, AF_INET6, inet_ntop
 from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
-from peercred.v1 import peer_credentials_pb2 as pb
 
+from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.records import (
     HAS_AUDIT_SESSION_ID,
     HAS_CAPABILITIES,

@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator, Callable
 from google.rpc import code_pb2
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
-from peercred.v1 import peer_credentials_pb2 as pb
 
+from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.service import RequestError
 
 WATCH_INTERVAL_SECONDS = 1.0

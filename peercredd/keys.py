@@ -6,7 +6,6 @@ from socket import AF_INET, AF_INET6, inet_pton
 from typing import NamedTuple
 
 from peercred.v1 import peer_credentials_pb2 as pb
-
 from peercredd.records import V4_MAPPED
 
 _UNSPECIFIED = (bytes(16), V4_MAPPED + bytes(4))

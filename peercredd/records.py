@@ -88,19 +88,12 @@ PENDING_SIZE = PENDING_HEAD.size + CREDENTIALS.size
 CONNECTION_HEAD = struct.Struct("=4Q")
 """``struct connection``: established_ns, server_cookie, client_cookie, listener_cookie."""
 CONNECTION_TUPLE_OFFSET = CONNECTION_HEAD.size
-CONNECTION_ENDS = struct.Struct("=II")
-"""ends_gone, flags; behind the tuple."""
+CONNECTION_ENDS = struct.Struct("=I3?x")
+"""`Ends`; behind the tuple."""
 CONNECTION_ENDS_OFFSET = CONNECTION_TUPLE_OFFSET + TUPLE.size
 CLIENT_OFFSET = CONNECTION_ENDS_OFFSET + CONNECTION_ENDS.size
 LISTENER_OFFSET = CLIENT_OFFSET + CREDENTIALS.size
 CONNECTION_SIZE = LISTENER_OFFSET + CREDENTIALS.size
-
-CLOSED_WITH_DESCRIPTOR = 1 << 0
-"""connection.flags: in TCP_CLOSE, and its owner can still ask. sock_diag lists it no more."""
-CLOSED_IN_QUEUE = 1 << 1
-"""Likewise, and nobody had accepted it yet. Should nobody ever, the kernel does not say so."""
-SERVER_GONE = 1 << 2
-"""The server's socket was closed, or disconnected and may be in use as another's by now."""
 
 ABOUT_SIZE = 4096
 
@@ -160,6 +153,20 @@ def _mixed(subject: int, word: int) -> int:
     return subject ^ subject >> 32
 
 
+class Ends(NamedTuple):
+    """What has become of the ends of a connection that has a record."""
+
+    gone: int
+    """How many of them nobody can ask from any more."""
+    closed_with_descriptor: bool
+    """The server's socket is in TCP_CLOSE, and its owner can still ask; sock_diag does not list
+    it any more."""
+    closed_in_queue: bool
+    """Likewise, and nobody had accepted it then. Should nobody ever, no event tells."""
+    server_gone: bool
+    """The server's socket was closed, or disconnected and may be another connection's by now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Connection:
     """``struct connection``: one established connection, keyed by its server socket's cookie."""
@@ -177,6 +184,11 @@ class Connection:
 def credentials(data: bytes, offset: int) -> Credentials:
     """Decode a ``struct credentials`` that starts at `offset`."""
     return Credentials._make(CREDENTIALS.unpack_from(data, offset))
+
+
+def ends(data: bytes) -> Ends:
+    """Decode what a ``struct connection`` says of its ends."""
+    return Ends._make(CONNECTION_ENDS.unpack_from(data, CONNECTION_ENDS_OFFSET))
 
 
 def connection(data: bytes) -> Connection | None:

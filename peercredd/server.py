@@ -17,8 +17,8 @@ from google.rpc import code_pb2
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
-from peercred.v1 import peer_credentials_pb2 as pb
 
+from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.defaults import STOP_GRACE_SECONDS
 from peercredd.health import HealthService
 from peercredd.listen import UnixSocket

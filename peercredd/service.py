@@ -17,9 +17,9 @@ from typing import Protocol
 
 from google.rpc import code_pb2
 from google.rpc.status_pb2 import Status
-from peercred.v1 import peer_credentials_pb2 as pb
 
 import peercredd
+from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import encode, keys
 from peercredd.records import V4_MAPPED, Connection
 from peercredd.store import Answer, Reason, StoreStatus

@@ -27,9 +27,10 @@ _TCP_TIME_WAIT = 6
 _TCP_CLOSE = 7
 _TCP_LISTEN = 10
 
-# A TIME_WAIT row bears the cookie of a socket that is closed. LISTEN is no
-# connection, and CLOSE no place in the kernel's tables.
-_STATES = 0xFFF & ~(1 << _TCP_TIME_WAIT | 1 << _TCP_CLOSE | 1 << _TCP_LISTEN)
+# A TIME_WAIT row bears the cookie of a socket that is closed, and what is in CLOSE
+# is in none of the kernel's tables.
+_LISTENING = 1 << _TCP_LISTEN
+_CONNECTED = 0xFFF & ~(1 << _TCP_TIME_WAIT | 1 << _TCP_CLOSE | _LISTENING)
 
 _HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port."""
@@ -55,23 +56,27 @@ class Socket(NamedTuple):
     remote_port: int
 
 
-def sockets() -> Iterator[Socket]:
-    """List the TCP sockets of the calling thread's network namespace that have a peer.
+def sockets(*, listening: bool = False) -> Iterator[Socket]:
+    """List the TCP sockets of the calling thread's network namespace.
 
     A multipath socket is listed by its subflows. Not listed is a socket in state CLOSE,
     though a descriptor of it may be open. While others come and go, a socket that is
     there throughout can be missed: inet_diag_dump_icsk() resumes by its number in a
     hash chain. Only one that is missed twice is gone.
 
+    Args:
+        listening: with those that listen, not only those that have a peer.
+
     Raises:
         OSError: the kernel does not tell.
     """
+    states = _CONNECTED | _LISTENING if listening else _CONNECTED
     for family in (socket.AF_INET, socket.AF_INET6):
-        yield from _dump(family, socket.IPPROTO_TCP)
+        yield from _dump(family, socket.IPPROTO_TCP, states)
 
 
-def _dump(family: int, protocol: int) -> Iterator[Socket]:
-    request = _REQUEST.pack(family, protocol, _STATES)
+def _dump(family: int, protocol: int, states: int) -> Iterator[Socket]:
+    request = _REQUEST.pack(family, protocol, states)
     length, flags = _HEADER.size + _REQUEST.size, _NLM_F_REQUEST | _NLM_F_DUMP
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, _NETLINK_SOCK_DIAG) as channel:
         channel.send(_HEADER.pack(length, _SOCK_DIAG_BY_FAMILY, flags, 0, 0) + request)

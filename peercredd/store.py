@@ -116,7 +116,7 @@ class Store:
         """The peer of the socket with this cookie, which may be either end."""
         key = _COOKIE.pack(cookie)
         as_server = self._connections.lookup(key)
-        if as_server and not _server_is_gone(as_server):
+        if as_server and not records.ends(as_server).server_gone:
             answer = _answer(as_server, asker_is_server=True)
             if answer:
                 return answer
@@ -228,11 +228,6 @@ def _answer(data: bytes, asker_is_server: bool) -> Answer | None:
         client,
         established,
     )
-
-
-def _server_is_gone(data: bytes) -> bool:
-    _, flags = records.CONNECTION_ENDS.unpack_from(data, records.CONNECTION_ENDS_OFFSET)
-    return bool(flags & records.SERVER_GONE)
 
 
 def _is_attached(link: int) -> bool:

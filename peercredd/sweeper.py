@@ -128,14 +128,22 @@ def _pending(tables: Tables) -> Iterator[Entry]:
 def _connections(tables: Tables) -> Iterator[Entry]:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     for key, record in tables.connections.items():
-        established_ns, server, client, _ = records.CONNECTION_HEAD.unpack_from(record)
+        established_ns, server, client, listener = records.CONNECTION_HEAD.unpack_from(record)
         if not established_ns:  # it is being written
             continue
         value = record[: records.CLIENT_OFFSET]
         addresses = value[records.CONNECTION_TUPLE_OFFSET : records.CONNECTION_ENDS_OFFSET]
         netns_cookie, *_ = records.TUPLE.unpack(addresses)
-        sockets = frozenset((server, client))
-        yield Entry(key, value, addresses, now_ns - established_ns, netns_cookie, sockets)
+        ends = records.ends(record)
+        sockets = {client}
+        if not ends.server_gone:
+            sockets.add(server)
+            # Nothing lists it, but its listener, while there is one, may still hand it out.
+            if ends.closed_in_queue:
+                sockets.add(listener)
+        yield Entry(
+            key, value, addresses, now_ns - established_ns, netns_cookie, frozenset(sockets)
+        )
 
 
 def _dead(entries: list[Entry]) -> list[Entry]:
@@ -158,7 +166,7 @@ def _live_sockets(wanted: set[int]) -> dict[int, set[int]]:
             break
         with namespaces.entered(namespace) as netns_cookie:
             if netns_cookie in wanted:
-                live[netns_cookie] = {each.cookie for each in sockdiag.sockets()}
+                live[netns_cookie] = {each.cookie for each in sockdiag.sockets(listening=True)}
     return live
 
 
@@ -176,14 +184,14 @@ def _remove(table: Map, key: bytes, stale: bytes) -> bool:
 def _retire(tables: Tables, entry: Entry) -> bool:
     """Remove a record and what points to it, as forget() in bpf/core.h does.
 
-    Not one whose server socket has been closed by its peer meanwhile, or long ago, and
-    still has a descriptor: it is in no list, and its owner can ask.
+    Not one whose server socket was closed by its peer, now or long ago, and still has a
+    descriptor: nothing lists it, but its owner can ask.
     """
     record = tables.connections.lookup(entry.key)
     if record is None:
         return False
-    _, flags = records.CONNECTION_ENDS.unpack_from(record, records.CONNECTION_ENDS_OFFSET)
-    if flags & records.CLOSED_WITH_DESCRIPTOR:
+    ends = records.ends(record)
+    if ends.closed_with_descriptor and not ends.server_gone:
         return False
     _, server, client, _ = records.CONNECTION_HEAD.unpack_from(record)
     for subject in (records.hash_of_cookie(server), records.hash_of_tuple(entry.tuple)):

@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
-import peercred
 import pytest
 
+import peercred
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import HOOK_SETS, Daemon

@@ -23,11 +23,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple, NoReturn
 
-import peercred
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+import peercred
 from peercredd.mounts import CgroupError, cgroup_directory
 
 NAME = f"peercredd-demo-{os.getpid()}"

@@ -215,9 +215,7 @@ def test_a_user_namespaces_root_listens_as_who_it_is_outside(stage: Stage, route
     assert stage.peer(client, ends).uid == SERVICE
 
 
-def test_a_pid_namespaces_process_has_the_number_it_has_outside(
-    stage: Stage, route: Route
-) -> None:
+def test_a_pid_namespaces_process_has_the_number_it_has_outside(stage: Stage, route: Route) -> None:
     server, parent = stage.actor(SERVICE), stage.actor()
     parent(syscall, "unshare", CLONE_NEWPID)
     client = stage.fork(parent)

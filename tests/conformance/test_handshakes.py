@@ -4,9 +4,9 @@ import os
 import socket
 from collections.abc import Callable
 
-import peercred
 import pytest
 
+import peercred
 from harness import steps
 from harness.actors import Actor
 from harness.io_uring import Mode

@@ -4,7 +4,6 @@ import os
 import socket
 
 import pytest
-from peercred import NotFound
 
 from harness import steps
 from harness.actors import Actor
@@ -13,13 +12,12 @@ from harness.routes import MULTIPATH, V4
 from harness.stage import Listener, Stage
 from harness.steps import Both, Route
 from harness.users import ALICE, BOB, CAROL, DAVE, GAMES, SERVICE, STAFF
+from peercred import NotFound
 
 pytestmark = pytest.mark.kernel
 
 
-def connected(
-    stage: Stage, route: Route
-) -> tuple[Listener, Actor, Both[int], Actor, Both[int]]:
+def connected(stage: Stage, route: Route) -> tuple[Listener, Actor, Both[int], Actor, Both[int]]:
     """SERVICE, which has accepted, and ALICE, who has connected."""
     server, client = stage.actor(SERVICE), stage.actor(ALICE, groups=(STAFF, GAMES))
     listener = stage.listen(server, route)
@@ -177,9 +175,7 @@ def test_one_of_several_descriptors_keeps_the_answer(stage: Stage, route: Route)
     assert stage.peer(child, Both(accepted.unix, copy))[:2] == (client.pid, ALICE)
 
 
-def test_a_listener_is_who_called_listen_whatever_becomes_of_it(
-    stage: Stage, route: Route
-) -> None:
+def test_a_listener_is_who_called_listen_whatever_becomes_of_it(stage: Stage, route: Route) -> None:
     server, client, heir = stage.actor(), stage.actor(ALICE), stage.actor(BOB)
     server(os.seteuid, SERVICE)
     listener = stage.listen(server, route)

@@ -7,11 +7,11 @@ import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import peercred
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import peercred
 from harness import steps
 from harness.actors import Actor, Origin
 from harness.io_uring import Mode
@@ -159,7 +159,9 @@ def connect_step(how: object, route: Route) -> Callable[[Both[int], Addresses], 
     return how  # type: ignore[no-any-return]
 
 
-def call(role: Role, thread: AsThread | None, step: Callable[..., None], *arguments: object) -> None:
+def call(
+    role: Role, thread: AsThread | None, step: Callable[..., None], *arguments: object
+) -> None:
     if thread:
         thread(role.actor, step, *arguments)
     else:

@@ -127,7 +127,9 @@ class Origin:
         # A copy that every user may read: the project may lie in a private home.
         self._folder = Path(tempfile.mkdtemp(prefix="peercredd-test-"))
         package = Path(__file__).parent
-        shutil.copytree(package, self._folder / package.name, ignore=shutil.ignore_patterns("__pycache__"))
+        shutil.copytree(
+            package, self._folder / package.name, ignore=shutil.ignore_patterns("__pycache__")
+        )
         self._folder.chmod(0o755)
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:

@@ -15,6 +15,7 @@ from google.protobuf.any_pb2 import Any as AnyMessage
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_status import rpc_status
+
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import (
     PeerCredentialsServicer,

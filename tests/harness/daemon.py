@@ -13,11 +13,11 @@ from pathlib import Path
 from types import TracebackType
 
 import grpc
+
 import peercred
+from harness.cgroup import Cgroup
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as rpc
-
-from harness.cgroup import Cgroup
 
 HOOK_SETS = ("cgroup",)
 """Every kernel test runs once with each."""
@@ -108,7 +108,10 @@ class Daemon:
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS
         # What does not listen yet is tried again soon.
-        options = [("grpc.initial_reconnect_backoff_ms", 50), ("grpc.max_reconnect_backoff_ms", 100)]
+        options = [
+            ("grpc.initial_reconnect_backoff_ms", 50),
+            ("grpc.max_reconnect_backoff_ms", 100),
+        ]
         with grpc.insecure_channel(self.address, options) as channel:
             while True:
                 try:

@@ -9,14 +9,14 @@ import struct
 from typing import NamedTuple
 
 import grpc
-import peercred
 from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
+
+import peercred
+from harness.steps import IPPROTO_MPTCP, Both
 from peercred import Basis, InvalidArgument, NotFound, PeerCredentials
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as rpc
-
-from harness.steps import IPPROTO_MPTCP, Both
 
 SO_COOKIE = 57
 SO_PEERGROUPS = 59

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import peercred
-from peercred import PeerCredentials
-
 from harness import oracle, steps
 from harness.actors import Actor, Origin
 from harness.channel import Descriptor
@@ -20,6 +18,7 @@ from harness.netns import NetworkNamespace
 from harness.oracle import Peer
 from harness.routes import V4
 from harness.steps import Address, Addresses, Both, Option, Route
+from peercred import PeerCredentials
 
 SWEEP_SECONDS = 30.0
 
@@ -150,4 +149,3 @@ class Stage:
             self._exit.close()
         else:
             self.close()
-

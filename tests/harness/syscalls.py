@@ -44,8 +44,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def syscall(name: str, *arguments: object) -> int:
     """Make one system call, for the calling thread alone; raises OSError."""
     converted = [
-        ctypes.c_long(argument) if isinstance(argument, int) else argument
-        for argument in arguments
+        ctypes.c_long(argument) if isinstance(argument, int) else argument for argument in arguments
     ]
     result: int = _libc.syscall(ctypes.c_long(_NUMBERS[name]), *converted)
     if result < 0:

@@ -10,9 +10,9 @@ from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
 
-import peercred
 import pytest
 
+import peercred
 from harness import churn, steps
 from harness.cgroup import Cgroup
 from harness.channel import Descriptor

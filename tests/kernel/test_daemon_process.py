@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
-import peercred
 import pytest
-from harness.cgroup import Cgroup
 
+import peercred
+from harness.cgroup import Cgroup
 from peercredd import pins
 
 pytestmark = pytest.mark.kernel

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import ExitStack
 
-import peercred
 import pytest
+
+import peercred
 from harness import steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup

@@ -23,7 +23,7 @@ def compiled() -> Any:
 def offsets(layout: struct.Struct) -> Iterator[int]:
     """Where each value that `layout` unpacks begins."""
     offset = 0
-    for count, code in re.findall(r"(\d*)([QIHsx])", layout.format.removeprefix("=")):
+    for count, code in re.findall(r"(\d*)([QIHsx?])", layout.format.removeprefix("=")):
         if code in "sx":
             if code == "s":
                 yield offset
@@ -70,13 +70,13 @@ def test_pending_connects_are_decoded_where_they_are_written(compiled: Any) -> N
 def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
     leaf = compiled[b"connections"].Leaf
     head = ("established_ns", "server_cookie", "client_cookie", "listener_cookie")
+    happened = ("ends_gone", "closed_with_descriptor", "closed_in_queue", "server_gone")
     ends = records.CONNECTION_ENDS_OFFSET
 
     assert members(leaf) == {
         **dict(zip(head, offsets(records.CONNECTION_HEAD), strict=True)),
         "tuple": records.CONNECTION_TUPLE_OFFSET,
-        "ends_gone": ends,
-        "flags": ends + 4,
+        **dict(zip(happened, (ends + at for at in offsets(records.CONNECTION_ENDS)), strict=True)),
         "client": records.CLIENT_OFFSET,
         "listener": records.LISTENER_OFFSET,
     }
@@ -104,7 +104,7 @@ def test_constants_are_the_same_on_both_sides() -> None:
 
     here = {name: getattr(records, name) for name in constants if hasattr(records, name)}
     assert here == {name: constants[name] for name in here}
-    assert {"MAX_GROUPS", "ABSENCE_SLOTS", "NO_NEW_PRIVS", "CLOSED_WITH_DESCRIPTOR"} <= here.keys()
+    assert {"MAX_GROUPS", "ABSENCE_SLOTS", "NO_NEW_PRIVS"} <= here.keys()
     assert {name for name in constants if name.startswith("HAS_")} <= here.keys(), (
         "each HAS_ bit is known here"
     )

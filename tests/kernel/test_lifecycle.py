@@ -14,8 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
-import peercred
 import pytest
+
+import peercred
 from harness import steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
@@ -23,7 +24,6 @@ from harness.daemon import Daemon
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, BOB, SERVICE
-
 from peercredd import capture, pins
 from peercredd.libbpf import get_pinned, library, link_cgroup_id
 

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from harness.netns import NetworkNamespace
 
+from harness.netns import NetworkNamespace
 from peercredd import namespaces
 
 pytestmark = pytest.mark.kernel

@@ -4,8 +4,8 @@ from contextlib import closing
 
 import bpf_maps
 import pytest
-from harness.netns import NetworkNamespace
 
+from harness.netns import NetworkNamespace
 from peercredd import namespaces, older
 from peercredd.libbpf import Map
 from peercredd.records import TUPLE, V4_MAPPED, hash_of_cookie, hash_of_tuple, older_key

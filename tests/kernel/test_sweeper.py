@@ -15,8 +15,8 @@ from typing import NamedTuple
 
 import bpf_maps
 import pytest
-from harness.netns import NetworkNamespace
 
+from harness.netns import NetworkNamespace
 from peercredd import libbpf, namespaces, pins, records, sockdiag, sweeper
 from peercredd.libbpf import Map
 
@@ -78,13 +78,22 @@ class Capture:
         return key
 
     def establish(
-        self, ends: Ends, age: int, key: bytes | None = None, flags: int = 0, complete: bool = True
+        self,
+        ends: Ends,
+        age: int,
+        key: bytes | None = None,
+        closed_with_descriptor: bool = False,
+        listener_of_queue: int = 0,
+        complete: bool = True,
     ) -> bytes:
         """What establish() in bpf/core.h writes; returns the tuple."""
         key = self.tuple() if key is None else key
         established = boot_time() - age * SECOND if complete else 0
-        record = records.CONNECTION_HEAD.pack(established, ends.server, ends.client, 0)
-        record += key + records.CONNECTION_ENDS.pack(0, flags)
+        record = records.CONNECTION_HEAD.pack(
+            established, ends.server, ends.client, listener_of_queue
+        )
+        in_queue = bool(listener_of_queue)
+        record += key + records.CONNECTION_ENDS.pack(0, closed_with_descriptor, in_queue, False)
         server = u64(ends.server)
         self.tables.connections.update(server, record.ljust(records.CONNECTION_SIZE, b"\1"))
         self.tables.by_client.update(u64(ends.client), server)
@@ -223,16 +232,26 @@ def test_a_young_record_stays(capture: Capture) -> None:
 
 def test_a_closed_socket_with_a_descriptor_keeps_its_record(capture: Capture) -> None:
     ends = gone()
-    key = capture.establish(ends, AGED, flags=records.CLOSED_WITH_DESCRIPTOR)
+    key = capture.establish(ends, AGED, closed_with_descriptor=True)
     assert capture.sweep() == {}
     assert capture.is_recorded(ends, key)
+
+
+def test_what_was_reset_in_an_accept_queue_stays_as_long_as_its_listener(capture: Capture) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        ends = gone()
+        key = capture.establish(ends, AGED, listener_of_queue=cookie(listener))
+        assert capture.sweep() == {}
+        assert capture.is_recorded(ends, key)
+    assert capture.sweep() == {"records_removed": 1}
+    assert not capture.is_recorded(ends, key)
 
 
 def test_a_record_closed_while_a_sweep_looks_stays(capture: Capture) -> None:
     ends = gone()
     key = capture.establish(ends, AGED)
     (entry,) = sweeper._connections(capture.tables)
-    capture.establish(ends, AGED, key, flags=records.CLOSED_WITH_DESCRIPTOR)
+    capture.establish(ends, AGED, key, closed_with_descriptor=True)
     assert not sweeper._retire(capture.tables, entry)
     assert capture.is_recorded(ends, key)
 
@@ -327,7 +346,7 @@ def test_a_live_record_gets_its_index_back(capture: Capture, live: Ends) -> None
 
 def test_a_record_that_may_not_be_the_newest_of_its_tuple_gets_no_index(capture: Capture) -> None:
     # Its socket is closed and has a descriptor: a newer one may have come and gone.
-    key = capture.establish(gone(), AGED, flags=records.CLOSED_WITH_DESCRIPTOR)
+    key = capture.establish(gone(), AGED, closed_with_descriptor=True)
     capture.tables.by_tuple.delete(key)
     assert capture.sweep() == {}
     assert capture.tables.by_tuple.lookup(key) is None
@@ -384,9 +403,9 @@ def test_nothing_aged_means_no_look_at_sockets(
     looks: list[str] = []
     sockets = sockdiag.sockets
 
-    def watched() -> Iterator[sockdiag.Socket]:
+    def watched(*, listening: bool) -> Iterator[sockdiag.Socket]:
         looks.append("look")
-        return sockets()
+        return sockets(listening=listening)
 
     monkeypatch.setattr(sockdiag, "sockets", watched)
     ages = PENDING_AGE * SECOND, RECORD_AGE * SECOND

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 
 import pytest
+
 from harness import steps
 from harness.actors import Actor
 from harness.daemon import Daemon, occupancy

@@ -6,8 +6,6 @@ import socket
 from collections.abc import Callable
 
 import pytest
-from peercred import NotFound
-from peercred.v1 import peer_credentials_pb2 as pb
 
 from harness import oracle, steps
 from harness.actors import Actor
@@ -16,6 +14,8 @@ from harness.routes import USUAL
 from harness.stage import Listener, Stage
 from harness.steps import Address, Both, Route
 from harness.users import ALICE, BOB, CAROL, SERVICE
+from peercred import NotFound
+from peercred.v1 import peer_credentials_pb2 as pb
 
 pytestmark = pytest.mark.kernel
 

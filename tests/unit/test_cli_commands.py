@@ -13,6 +13,7 @@ from typing import IO, Any
 
 import pytest
 from google.rpc import code_pb2
+
 from harness.canned_daemon import CannedDaemon, failure
 from peercred.v1 import peer_credentials_pb2 as pb
 

@@ -5,6 +5,7 @@ from io import StringIO
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
 from peercred.cli.display import escape, print_json, print_table
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import uvloop
+
 from harness.canned_daemon import CannedDaemon, found
 from peercred import AsyncClient, PeerCredError
 from peercred.v1 import peer_credentials_pb2 as pb

@@ -14,10 +14,11 @@ from concurrent.futures import ThreadPoolExecutor
 from ipaddress import ip_address
 from pathlib import Path
 
-import peercred
 import pytest
 from google.rpc import code_pb2
 from google.rpc.status_pb2 import Status
+
+import peercred
 from harness.blocking_twin import BlockingTwin
 from harness.canned_daemon import CannedDaemon, failure, found
 from peercred import Basis, Client, End, InvalidArgument, NotFound, PeerCredError

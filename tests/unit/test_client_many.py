@@ -7,9 +7,10 @@ from datetime import UTC, datetime
 from ipaddress import ip_address
 from pathlib import Path
 
-import peercred
 import pytest
 from google.rpc import code_pb2
+
+import peercred
 from harness.blocking_twin import BlockingTwin
 from harness.canned_daemon import CannedDaemon, failure, found
 from peercred import Client, DeadlineExceeded, Endpoint, InvalidArgument, NotFound, PeerCredError

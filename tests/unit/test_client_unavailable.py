@@ -11,8 +11,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import peercred
 import pytest
+
+import peercred
 from harness.blocking_twin import BlockingTwin
 from harness.canned_daemon import CannedDaemon
 from peercred import Client, DeadlineExceeded, InvalidArgument, PeerCredError, Unavailable

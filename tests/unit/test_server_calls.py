@@ -21,11 +21,11 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
     ProtoReflectionDescriptorDatabase,
 )
 from grpc_status import rpc_status
+from structlog.testing import capture_logs
+
 from harness.memory_view import MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
-from structlog.testing import capture_logs
-
 from peercredd import health, server
 from peercredd.listen import ListenError
 from peercredd.records import Connection

@@ -5,9 +5,9 @@ import pytest
 from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
+
 from harness.memory_view import LOOPBACK, OWN_NETNS, MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
-
 from peercredd.records import Connection
 from peercredd.service import MAX_BATCH_KEYS, PAGE, PeerCredentialsService, RequestError
 from peercredd.store import Reason

@@ -2,9 +2,9 @@ import time
 from datetime import UTC, datetime, timedelta
 
 import pytest
+
 from harness.memory_view import LOOPBACK, MemoryView, connection, credentials
 from peercred.v1 import peer_credentials_pb2 as pb
-
 from peercredd import encode
 from peercredd.records import (
     HAS_AUDIT_SESSION_ID,

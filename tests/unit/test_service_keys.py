@@ -4,8 +4,8 @@ import socket
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from peercred.v1 import peer_credentials_pb2 as pb
 
+from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.keys import Endpoints, InvalidKey, Key, parse
 from peercredd.records import V4_MAPPED
 
