@@ -1,4 +1,8 @@
-"""The gRPC server: carries `service`, `health` and reflection over a unix socket."""
+"""The gRPC server: carries `service`, `health` and reflection over a unix socket.
+
+It is asyncio and not a pool of threads: there every open stream holds a thread,
+so a handful of idle clients keeps all others waiting.
+"""
 
 from __future__ import annotations
 

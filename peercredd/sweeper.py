@@ -96,7 +96,8 @@ def sweep(tables: Tables, pending_age_ns: int, record_age_ns: int) -> dict[str, 
 
     overdue = [entry for entry in pending if entry.age_ns > PENDING_LIMIT_NS]
     lost = _dead([entry for entry in pending if entry.age_ns <= PENDING_LIMIT_NS])
-    dead = _dead([entry for entry in connections.values() if entry.age_ns > record_age_ns])
+    aged = [entry for entry in connections.values() if entry.age_ns > record_age_ns]
+    dead = _dead([entry for entry in aged if not _is_out_of_sight(entry.value)])
     dangling = [
         (index, key, cookie)
         for index, pointers in ((tables.by_tuple, by_tuple), (tables.by_client, by_client))
@@ -138,7 +139,7 @@ def _connections(tables: Tables) -> Iterator[Entry]:
         sockets = {client}
         if not ends.server_gone:
             sockets.add(server)
-            # Nothing lists it, but its listener, while there is one, may still hand it out.
+            # Its listener, while there is one, may still hand it out.
             if ends.closed_in_queue:
                 sockets.add(listener)
         yield Entry(
@@ -184,14 +185,10 @@ def _remove(table: Map, key: bytes, stale: bytes) -> bool:
 def _retire(tables: Tables, entry: Entry) -> bool:
     """Remove a record and what points to it, as forget() in bpf/core.h does.
 
-    Not one whose server socket was closed by its peer, now or long ago, and still has a
-    descriptor: nothing lists it, but its owner can ask.
+    Not one that has changed meanwhile: its server socket may have gone out of sight.
     """
     record = tables.connections.lookup(entry.key)
-    if record is None:
-        return False
-    ends = records.ends(record)
-    if ends.closed_with_descriptor and not ends.server_gone:
+    if record is None or not record.startswith(entry.value):
         return False
     _, server, client, _ = records.CONNECTION_HEAD.unpack_from(record)
     for subject in (records.hash_of_cookie(server), records.hash_of_tuple(entry.tuple)):
@@ -206,15 +203,31 @@ def _mend(tables: Tables, unindexed: list[Entry]) -> int:
     """Have ``by_tuple`` point to live connections that it has nothing for.
 
     While one end of a connection is alive its tuple is taken, so there is no newer
-    connection that had it.
+    connection that had it. What was reset in an accept queue has no such end.
     """
-    missing = [entry for entry in unindexed if tables.by_tuple.lookup(entry.tuple) is None]
+    missing = [
+        entry
+        for entry in unindexed
+        if tables.by_tuple.lookup(entry.tuple) is None
+        and not records.ends(entry.value).closed_in_queue
+    ]
     live = _live_sockets({entry.netns_cookie for entry in missing})
     return sum(
         tables.by_tuple.update(entry.tuple, entry.key, exclusive=True)
         for entry in missing
         if not entry.sockets.isdisjoint(live.get(entry.netns_cookie, ()))
     )
+
+
+def _is_out_of_sight(record: bytes) -> bool:
+    """Whether a server socket that nothing lists may have an owner who can ask."""
+    ends = records.ends(record)
+    if ends.server_gone:
+        return False
+    if ends.closed_in_queue:
+        *_, listener = records.CONNECTION_HEAD.unpack_from(record)
+        return not listener  # a listener that is known answers for it
+    return ends.closed_with_descriptor
 
 
 def _u64(number: int) -> bytes:

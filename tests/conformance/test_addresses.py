@@ -6,7 +6,7 @@ from harness import steps
 from harness.channel import Descriptor
 from harness.netns import NetworkNamespace
 from harness.oracle import Peer
-from harness.routes import LAN, LAN_V4, LAN_V6, LINK_LOCAL, LOOPBACK, MULTIPATH, USUAL, V4
+from harness.routes import ANY_V4, LAN, LAN_V4, LAN_V6, LINK_LOCAL, LOOPBACK, MULTIPATH, USUAL, V4
 from harness.stage import Stage
 from harness.steps import Route
 from harness.users import ALICE, GAMES, SERVICE, STAFF
@@ -40,6 +40,7 @@ def test_both_ends_are_known_over_the_hosts_own_lan_address(stage: Stage, route:
     host.connect_to(neighbour, f"{LAN_V4}/24", "192.0.2.2/24")
     host.add_address(f"{LAN_V6}/64", "cable")
     host.add_address(f"{LINK_LOCAL}/64", "cable")
+    host.command("ip", "route", "add", "local", f"{ANY_V4}/32", "dev", "lo")
     check_both_ends(stage, route, host)
 
 

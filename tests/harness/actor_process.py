@@ -46,7 +46,7 @@ def serve(control: socket.socket) -> NoReturn:
             os._exit(0)
         try:
             answer = (True, step(*arguments, **named))
-        except Exception as error:  # noqa: BLE001 - it is handed over whatever it is
+        except Exception as error:
             answer = (False, error)
         send(control, answer)
 

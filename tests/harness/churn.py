@@ -53,7 +53,10 @@ def connect_from_many_processes(
 
 def _connect_many(ports: list[int], credits_fd: int, connections: int) -> None:
     hello = HELLO.pack(os.getpid(), os.geteuid())
-    targets = [(route.client_family, (route.target, port)) for route, port in zip(ROUTES, ports)]
+    targets = [
+        (route.client_family, (route.target, port))
+        for route, port in zip(ROUTES, ports, strict=True)
+    ]
     for number in range(connections):
         # A queue that overflows would make the kernel drop SYNs, and cost seconds.
         os.read(credits_fd, 1)
@@ -92,8 +95,9 @@ class Server:
         """Answer until `end` can be read and no connection is left."""
         os.write(self._credits_fd, bytes(CREDITS))
         poll = select.poll()
-        for fd in (*self._listeners, end):
-            poll.register(fd, select.POLLIN)
+        for listener in self._listeners:
+            poll.register(listener, select.POLLIN)
+        poll.register(end, select.POLLIN)
         ended = False
         while True:
             ended = ended or any(fd == end for fd, _ in poll.poll())
@@ -105,7 +109,7 @@ class Server:
                 return
 
     def _accept(self, listener: socket.socket) -> list[socket.socket]:
-        accepted = []
+        accepted: list[socket.socket] = []
         try:
             while len(accepted) < BATCH:
                 accepted.append(listener.accept()[0])

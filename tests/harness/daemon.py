@@ -55,6 +55,8 @@ class Daemon:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
+                    # Should the tests be killed, the daemon takes its programs away.
+                    *("setpriv", "--pdeathsig", "TERM", "--"),
                     *(sys.executable, "-m", "peercredd"),
                     *("--config", str(configuration)),
                     *("--cgroup", str(cgroup.path)),

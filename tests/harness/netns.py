@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
 from harness.syscalls import CLONE_NEWNET, syscall
+
+WAIT_SECONDS = 30.0
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -50,6 +53,13 @@ class NetworkNamespace:
         text = self.run(Path("/proc/thread-self/net/netstat").read_text)
         names, values = (line.split() for line in text.splitlines() if line.startswith(f"{group}:"))
         return int(values[names.index(name)])
+
+    def wait_for_counter(self, group: str, name: str) -> None:
+        """Wait until a counter of /proc/net/netstat is not 0."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        while not self.counter(group, name):
+            assert time.monotonic() < deadline, f"{group} {name} is still 0"
+            os.sched_yield()
 
     def add_address(self, address: str, device: str = "lo") -> None:
         """Give the namespace an address of its own, with its prefix length; at once usable."""
@@ -93,7 +103,7 @@ def _in_new_thread(function: Callable[[], R]) -> R:
     def run() -> None:
         try:
             answers.append(function())
-        except BaseException as error:  # noqa: BLE001 - it is raised again in the caller
+        except BaseException as error:
             errors.append(error)
 
     thread = threading.Thread(target=run)

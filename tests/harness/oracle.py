@@ -39,10 +39,11 @@ class Peer(NamedTuple):
 
 def unix_peer(sock: socket.socket) -> Peer:
     """Ask the kernel who is at the other end of a unix(7) socket."""
-    ids = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
+    pid, uid, gid = _UCRED.unpack(option)
     groups = array.array("I")
     groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _LARGEST_OPTION))
-    return Peer(*ids, tuple(groups[:MAX_GROUPS]), len(groups))
+    return Peer(pid, uid, gid, tuple(groups[:MAX_GROUPS]), len(groups))
 
 
 def as_peer(answer: PeerCredentials) -> Peer:

@@ -28,14 +28,16 @@ LOOPBACK = (
 LAN_V4 = "192.0.2.1"
 LAN_V6 = "2001:db8::1"
 LINK_LOCAL = "fe80::1"
+ANY_V4 = "198.51.100.7"
 LAN = (
     Route("own LAN address, v4", LAN_V4, LAN_V4, AF_INET, AF_INET),
     Route("own LAN address, v6", LAN_V6, LAN_V6, AF_INET6, AF_INET6),
     Route("own LAN address, v4-mapped", "::", f"::ffff:{LAN_V4}", AF_INET6, AF_INET6),
     Route("own LAN address, wildcard listener", "0.0.0.0", LAN_V4, AF_INET, AF_INET),
+    Route("address of a network that is all the host's own", "0.0.0.0", ANY_V4, AF_INET, AF_INET),
     Route("own link-local address", LINK_LOCAL, LINK_LOCAL, AF_INET6, AF_INET6, scope="cable"),
 )
-"""For a namespace that has these addresses on a device other than loopback."""
+"""For a namespace that has these addresses on a device other than loopback, and ANY_V4 routed."""
 
 MULTIPATH = tuple(
     Route(

@@ -32,7 +32,6 @@ from harness.syscalls import (
 
 IPPROTO_MPTCP = 262
 TCP_FASTOPEN_CONNECT = 30
-TCP_FASTOPEN_NO_COOKIE = 34
 TCPI_OPT_SYN_DATA = 32
 TCP_ESTABLISHED = 1
 TCP_CLOSE = 7
@@ -87,10 +86,10 @@ def become(uid: int, gid: int | None = None, groups: Iterable[int] = ()) -> None
     os.setresuid(uid, uid, uid)
 
 
-def if_permitted(step: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> bool:
+def if_permitted(step: Callable[..., object], *arguments: object) -> bool:
     """Do the step unless the kernel forbids it; True when it was done."""
     try:
-        step(*arguments, **named)
+        step(*arguments)
     except PermissionError:
         return False
     return True
@@ -113,7 +112,7 @@ def in_thread(
             if credentials:
                 set_thread_credentials(*credentials)
             answers.append((tids[0], step(*arguments, **named)))
-        except Exception as error:  # noqa: BLE001 - it is raised again in the caller
+        except Exception as error:
             errors.append(error)
 
     thread = threading.Thread(target=run)
@@ -136,17 +135,14 @@ def _wait_until_gone(tid: int) -> None:
 
 
 def in_thread_if_permitted(
-    credentials: ThreadCredentials | None,
-    step: Callable[P, R],
-    *arguments: P.args,
-    **named: P.kwargs,
+    credentials: ThreadCredentials | None, step: Callable[..., R], *arguments: object
 ) -> R:
     """Do the step in a thread, with ids of its own unless the kernel forbids them."""
 
     def run() -> R:
         if credentials:
             if_permitted(set_thread_credentials, *credentials)
-        return step(*arguments, **named)
+        return step(*arguments)
 
     return in_thread(None, run)[1]
 
@@ -255,9 +251,8 @@ def connect_fast_open(fds: Both[int], targets: Addresses) -> None:
 
 
 def fast_open(fd: int, target: Any) -> None:
-    """connect() of a TCP socket by sending a byte."""
+    """connect() of a TCP socket by sending a byte, where clients may without a cookie."""
     with _borrow(fd) as sock:
-        sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
         sock.sendto(b"x", socket.MSG_FASTOPEN, target)
 
 
@@ -283,8 +278,11 @@ def defer_and_write(fd: int, target: Any) -> None:
 class ByRing:
     """connect() through io_uring; with `uid`, under credentials registered for that user."""
 
-    def __init__(self, mode: Mode, families: Both[int], uid: int | None = None) -> None:
-        self.mode, self.families, self.uid = mode, families, uid
+    def __init__(self, mode: Mode, uid: int | None = None) -> None:
+        self.mode, self.uid = mode, uid
+
+    def __repr__(self) -> str:
+        return f"ByRing({self.mode}, {self.uid})"
 
     def __call__(self, fds: Both[int], targets: Addresses) -> None:
         ring = Ring(self.mode)
@@ -294,8 +292,9 @@ class ByRing:
             os.setresuid(-1, self.uid, -1)
             personality = ring.register_credentials()
             os.setresuid(-1, own, -1)
-        for fd, target, family in zip(fds, targets, self.families, strict=True):
-            ring.connect(fd, sockaddr(family, target), personality)
+        for fd, target in zip(fds, targets, strict=True):
+            with _borrow(fd) as sock:
+                ring.connect(fd, sockaddr(sock.family, target), personality)
         ring.close()
 
 

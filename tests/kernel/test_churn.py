@@ -33,15 +33,15 @@ class Server:
     """A `churn` process, in the cgroup."""
 
     def __init__(self, daemon: Daemon, cgroup: Cgroup, harness: Path) -> None:
-        self.credits, credits = os.pipe()
-        with open(credits, "wb", buffering=0):
+        self.credits, giving = os.pipe()
+        with open(giving, "wb", buffering=0):
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "harness.churn", daemon.address, str(credits)],
+                [sys.executable, "-m", "harness.churn", daemon.address, str(giving)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=harness.parent,
-                pass_fds=[credits],
+                pass_fds=[giving],
             )
         # Sockets belong to the cgroup that they are made in, so move first.
         cgroup.add(self.process.pid)
@@ -77,12 +77,12 @@ def test_of_200_000_short_lived_connections_none_is_wrong_and_none_is_missing(
             servers.append(server)
             for _ in range(CLIENTS_PER_SERVER):
                 actor = stage.actor()
-                (credits,) = actor(steps.take, [Descriptor(server.credits)])
+                (taking,) = actor(steps.take, [Descriptor(server.credits)])
                 calls.append(
                     actor.start(
                         churn.connect_from_many_processes,
                         server.ports,
-                        credits,
+                        taking,
                         UIDS,
                         PROCESSES_PER_CLIENT,
                         CONNECTIONS_PER_PROCESS,

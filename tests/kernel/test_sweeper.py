@@ -35,6 +35,12 @@ NOTHING = {
     "pointers_mended": 0,
 }
 
+NOTHING_HAPPENED = records.Ends(
+    gone=0, closed_with_descriptor=False, closed_in_queue=False, server_gone=False
+)
+CLOSED = NOTHING_HAPPENED._replace(closed_with_descriptor=True)
+RESET_IN_QUEUE = NOTHING_HAPPENED._replace(closed_in_queue=True)
+
 
 class Ends(NamedTuple):
     """Both ends of a connection, as their cookies."""
@@ -82,18 +88,15 @@ class Capture:
         ends: Ends,
         age: int,
         key: bytes | None = None,
-        closed_with_descriptor: bool = False,
-        listener_of_queue: int = 0,
+        happened: records.Ends = NOTHING_HAPPENED,
+        listener: int = 0,
         complete: bool = True,
     ) -> bytes:
         """What establish() in bpf/core.h writes; returns the tuple."""
         key = self.tuple() if key is None else key
         established = boot_time() - age * SECOND if complete else 0
-        record = records.CONNECTION_HEAD.pack(
-            established, ends.server, ends.client, listener_of_queue
-        )
-        in_queue = bool(listener_of_queue)
-        record += key + records.CONNECTION_ENDS.pack(0, closed_with_descriptor, in_queue, False)
+        record = records.CONNECTION_HEAD.pack(established, ends.server, ends.client, listener)
+        record += key + records.CONNECTION_ENDS.pack(*happened)
         server = u64(ends.server)
         self.tables.connections.update(server, record.ljust(records.CONNECTION_SIZE, b"\1"))
         self.tables.by_client.update(u64(ends.client), server)
@@ -232,7 +235,7 @@ def test_a_young_record_stays(capture: Capture) -> None:
 
 def test_a_closed_socket_with_a_descriptor_keeps_its_record(capture: Capture) -> None:
     ends = gone()
-    key = capture.establish(ends, AGED, closed_with_descriptor=True)
+    key = capture.establish(ends, AGED, happened=CLOSED)
     assert capture.sweep() == {}
     assert capture.is_recorded(ends, key)
 
@@ -240,9 +243,28 @@ def test_a_closed_socket_with_a_descriptor_keeps_its_record(capture: Capture) ->
 def test_what_was_reset_in_an_accept_queue_stays_as_long_as_its_listener(capture: Capture) -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         ends = gone()
-        key = capture.establish(ends, AGED, listener_of_queue=cookie(listener))
+        key = capture.establish(ends, AGED, happened=RESET_IN_QUEUE, listener=cookie(listener))
         assert capture.sweep() == {}
         assert capture.is_recorded(ends, key)
+    assert capture.sweep() == {"records_removed": 1}
+    assert not capture.is_recorded(ends, key)
+
+
+def test_what_was_reset_in_the_queue_of_a_listener_older_than_the_capture_stays(
+    capture: Capture,
+) -> None:
+    ends = gone()
+    key = capture.establish(ends, AGED, happened=RESET_IN_QUEUE)
+    assert capture.sweep() == {}
+    assert capture.is_recorded(ends, key)
+
+
+@pytest.mark.parametrize("happened", [NOTHING_HAPPENED, CLOSED, RESET_IN_QUEUE])
+def test_a_server_that_is_gone_keeps_no_record_by_what_became_of_its_socket(
+    capture: Capture, live: Ends, happened: records.Ends
+) -> None:
+    ends = Ends(gone().client, live.server)
+    key = capture.establish(ends, AGED, happened=happened._replace(gone=1, server_gone=True))
     assert capture.sweep() == {"records_removed": 1}
     assert not capture.is_recorded(ends, key)
 
@@ -251,7 +273,7 @@ def test_a_record_closed_while_a_sweep_looks_stays(capture: Capture) -> None:
     ends = gone()
     key = capture.establish(ends, AGED)
     (entry,) = sweeper._connections(capture.tables)
-    capture.establish(ends, AGED, key, closed_with_descriptor=True)
+    capture.establish(ends, AGED, key, happened=CLOSED)
     assert not sweeper._retire(capture.tables, entry)
     assert capture.is_recorded(ends, key)
 
@@ -344,9 +366,13 @@ def test_a_live_record_gets_its_index_back(capture: Capture, live: Ends) -> None
     assert capture.is_recorded(live, key)
 
 
-def test_a_record_that_may_not_be_the_newest_of_its_tuple_gets_no_index(capture: Capture) -> None:
-    # Its socket is closed and has a descriptor: a newer one may have come and gone.
-    key = capture.establish(gone(), AGED, closed_with_descriptor=True)
+@pytest.mark.parametrize("happened", [CLOSED, RESET_IN_QUEUE])
+def test_a_record_that_may_not_be_the_newest_of_its_tuple_gets_no_index(
+    capture: Capture, stack: ExitStack, happened: records.Ends
+) -> None:
+    # Its socket is closed, though somebody can ask: a newer one may have come and gone.
+    listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+    key = capture.establish(gone(), AGED, happened=happened, listener=cookie(listener))
     capture.tables.by_tuple.delete(key)
     assert capture.sweep() == {}
     assert capture.tables.by_tuple.lookup(key) is None

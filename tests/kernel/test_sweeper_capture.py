@@ -85,6 +85,20 @@ def test_a_connection_nobody_has_accepted_yet_stays(stage: Stage, daemon: Daemon
     assert stage.peer(server, server(steps.accept, listener.fds))[:2] == (client.pid, ALICE)
 
 
+def test_what_was_reset_before_accept_stays_until_its_listener_goes(
+    stage: Stage, daemon: Daemon
+) -> None:
+    server, first, second = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(ALICE)
+    listener = stage.listen(server, V4)
+    for client in (first, second):
+        client(steps.reset_delivered, stage.connect(client, listener).tcp)
+    assert sweep(daemon) == {}
+    accepted = server(steps.accept, listener.fds)
+    assert stage.peer(server, accepted)[:2] == (first.pid, ALICE)
+    server(steps.close, (*accepted, *listener.fds))
+    assert sweep(daemon) == {"records_removed": 1}
+
+
 def test_connections_in_another_namespace_stay(stage: Stage, daemon: Daemon) -> None:
     namespace = stage.namespace()
     server = stage.actor(SERVICE, namespace=namespace)

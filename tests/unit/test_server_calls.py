@@ -8,7 +8,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +130,9 @@ def stub(channel: grpc.Channel) -> pb_grpc.PeerCredentialsStub:
 
 
 def answers(channel: grpc.Channel) -> bool:
-    found = pb_grpc.PeerCredentialsStub(channel).Lookup(pb.LookupRequest(key=FOUND), timeout=60)
+    found = pb_grpc.PeerCredentialsStub(channel).Lookup(
+        pb.LookupRequest(key=FOUND), timeout=60, wait_for_ready=True
+    )
     return found.peer.uid == 1000
 
 
@@ -293,6 +295,28 @@ def test_bytes_that_are_no_http2_harm_nobody(channel: grpc.Channel, path: Path) 
             raw.connect(str(path))
             raw.sendall(chance.randbytes(size))
     assert answers(channel)
+
+
+def test_connections_beyond_the_limit_are_closed_and_the_others_served(
+    view: MemoryView, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = dict(server.OPTIONS)
+    assert options["grpc.max_allowed_incoming_connections"] < 1024  # RLIMIT_NOFILE
+    options["grpc.max_allowed_incoming_connections"] = 10
+    monkeypatch.setattr(server, "OPTIONS", tuple(options.items()))
+    with served(view, path) as channel, ExitStack() as flood:
+        assert answers(channel)  # by the first of the ten
+        greeted = 0
+        for _ in range(30):
+            raw = flood.enter_context(socket.socket(socket.AF_UNIX))
+            raw.connect(str(path))
+            with suppress(ConnectionResetError):
+                greeted += bool(raw.recv(1))  # the SETTINGS that HTTP/2 begins with
+        assert greeted == 9
+        assert answers(channel)
+        flood.close()
+        with dialled(path) as later:
+            assert answers(later)
 
 
 @pytest.mark.parametrize(

@@ -37,8 +37,8 @@ class PeerCredentialsStub:
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE or
-    TOO_MANY_KEYS, and its metadata names the offending "field"; with
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
+    INVALID_FILTER, and its metadata names the offending "field"; with
     UNAVAILABLE: CAPTURE_LOST.
     """
 
@@ -71,8 +71,8 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE or
-    TOO_MANY_KEYS, and its metadata names the offending "field"; with
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
+    INVALID_FILTER, and its metadata names the offending "field"; with
     UNAVAILABLE: CAPTURE_LOST.
     """
 
@@ -101,8 +101,8 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE or
-    TOO_MANY_KEYS, and its metadata names the offending "field"; with
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
+    INVALID_FILTER, and its metadata names the offending "field"; with
     UNAVAILABLE: CAPTURE_LOST.
     """
 
