@@ -36,7 +36,7 @@ class Unit(Enum):
             case Unit.COUNT:
                 return f"{figure:,.0f}"
             case Unit.RATIO:
-                return f"x{figure:.2f}"
+                return f"x{figure:.3f}" if figure < 10 else f"x{figure:.0f}"
 
 
 @dataclass(frozen=True)

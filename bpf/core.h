@@ -230,8 +230,14 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
                 LOAD(u8, socket, tcp_is_mptcp) & MASK_tcp_is_mptcp;
     if (!server) {
         drop_pending(socket, cookie, old_state);
-        if (over)
+        if (over) {
             client_end_gone(cookie);
+        } else {
+            u64 *found = by_client.lookup(&cookie);
+            struct connection *record = found ? connections.lookup(found) : NULL;
+            if (record)
+                record->client_closed_with_descriptor = 1;
+        }
     } else if (over) {
         release(storage, cookie);
     } else {

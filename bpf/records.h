@@ -87,7 +87,7 @@ struct connection {
     u8 closed_with_descriptor; /* in TCP_CLOSE, its owner can still ask */
     u8 closed_in_queue;        /* in TCP_CLOSE, waiting for accept() */
     u8 server_gone;            /* the server's socket was closed or disconnected */
-    u8 padding;
+    u8 client_closed_with_descriptor;
     struct credentials client;
     struct credentials listener;
 };

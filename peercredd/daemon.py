@@ -102,6 +102,12 @@ async def _live(config: Config, cgroup: Path) -> None:
         ends_capture = not loaded["adopted"]
         if missing := loaded.get("missing_fields"):
             log.warning("this kernel does not provide all of the credentials", missing=missing)
+        if left_out := loaded.get("older", {}).get("left_out"):
+            log.warning(
+                "more connections than max_connections were there before capture: of some a "
+                "lookup will say NEVER_SEEN, not OLDER_THAN_CAPTURE",
+                sockets_left_out=left_out,
+            )
         with contextlib.closing(Store(pin_dir)) as store:
             async with server.serving(store, Path(api.socket), api.group):
                 log.info(

@@ -28,7 +28,7 @@ GROUP: Final = "peercredd"
 """Made by packaging's sysusers.d; its members may ask about every connection."""
 
 SWEEP_INTERVAL_SECONDS: Final = 30
-"""A sweep takes some 60 ms of CPU, most of it to start: 1/500 of one CPU."""
+"""A sweep takes some 0.2 s of CPU, most of it to start: 1/150 of one CPU."""
 
 PENDING_AGE_SECONDS: Final = 120
 """About as long as the kernel sends SYNs for (tcp_syn_retries = 6: 127 s)."""

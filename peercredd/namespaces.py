@@ -6,7 +6,6 @@ that have one.
 
 from __future__ import annotations
 
-import ctypes
 import glob
 import os
 import socket
@@ -16,9 +15,9 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-_CLONE_NEWNET = 0x40000000
+from pyroute2 import netns
+
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h; not in the socket module
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def reachable() -> Iterator[int]:
@@ -75,11 +74,11 @@ def entered(namespace: int) -> Iterator[int]:
 
 
 def _enter(namespace: int) -> None:
-    # os.setns() came with Python 3.12.
-    if _libc.setns(namespace, _CLONE_NEWNET) < 0:
-        number = ctypes.get_errno()
-        reason = f"a network namespace cannot be entered: {os.strerror(number)}; run as root"
-        raise OSError(number, reason)
+    try:
+        netns.setns(namespace)  # os.setns() came with Python 3.12
+    except OSError as error:
+        reason = f"a network namespace cannot be entered: {error.strerror}; run as root"
+        raise OSError(error.errno, reason) from error
 
 
 def own_cookie() -> int:

@@ -88,7 +88,7 @@ PENDING_SIZE = PENDING_HEAD.size + CREDENTIALS.size
 CONNECTION_HEAD = struct.Struct("=4Q")
 """``struct connection``: established_ns, server_cookie, client_cookie, listener_cookie."""
 CONNECTION_TUPLE_OFFSET = CONNECTION_HEAD.size
-CONNECTION_ENDS = struct.Struct("=I3?x")
+CONNECTION_ENDS = struct.Struct("=I4?")
 """`Ends`; behind the tuple."""
 CONNECTION_ENDS_OFFSET = CONNECTION_TUPLE_OFFSET + TUPLE.size
 CLIENT_OFFSET = CONNECTION_ENDS_OFFSET + CONNECTION_ENDS.size
@@ -165,6 +165,8 @@ class Ends(NamedTuple):
     """Likewise, and nobody had accepted it then. Should nobody ever, no event tells."""
     server_gone: bool
     """The server's socket was closed, or disconnected and may be another connection's by now."""
+    client_closed_with_descriptor: bool
+    """The client's socket is in TCP_CLOSE, and its owner could still ask then."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -185,7 +185,7 @@ def _remove(table: Map, key: bytes, stale: bytes) -> bool:
 def _retire(tables: Tables, entry: Entry) -> bool:
     """Remove a record and what points to it, as forget() in bpf/core.h does.
 
-    Not one that has changed meanwhile: its server socket may have gone out of sight.
+    Not one that has changed meanwhile: a socket of it may have gone out of sight.
     """
     record = tables.connections.lookup(entry.key)
     if record is None or not record.startswith(entry.value):
@@ -220,8 +220,11 @@ def _mend(tables: Tables, unindexed: list[Entry]) -> int:
 
 
 def _is_out_of_sight(record: bytes) -> bool:
-    """Whether a server socket that nothing lists may have an owner who can ask."""
+    """Whether a socket that nothing lists may have an owner who can ask."""
     ends = records.ends(record)
+    client_gone = ends.gone > ends.server_gone
+    if ends.client_closed_with_descriptor and not client_gone:
+        return True
     if ends.server_gone:
         return False
     if ends.closed_in_queue:

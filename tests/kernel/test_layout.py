@@ -70,7 +70,13 @@ def test_pending_connects_are_decoded_where_they_are_written(compiled: Any) -> N
 def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
     leaf = compiled[b"connections"].Leaf
     head = ("established_ns", "server_cookie", "client_cookie", "listener_cookie")
-    happened = ("ends_gone", "closed_with_descriptor", "closed_in_queue", "server_gone")
+    happened = (
+        "ends_gone",
+        "closed_with_descriptor",
+        "closed_in_queue",
+        "server_gone",
+        "client_closed_with_descriptor",
+    )
     ends = records.CONNECTION_ENDS_OFFSET
 
     assert members(leaf) == {

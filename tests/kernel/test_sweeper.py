@@ -36,7 +36,11 @@ NOTHING = {
 }
 
 NOTHING_HAPPENED = records.Ends(
-    gone=0, closed_with_descriptor=False, closed_in_queue=False, server_gone=False
+    gone=0,
+    closed_with_descriptor=False,
+    closed_in_queue=False,
+    server_gone=False,
+    client_closed_with_descriptor=False,
 )
 CLOSED = NOTHING_HAPPENED._replace(closed_with_descriptor=True)
 RESET_IN_QUEUE = NOTHING_HAPPENED._replace(closed_in_queue=True)
@@ -238,6 +242,20 @@ def test_a_closed_socket_with_a_descriptor_keeps_its_record(capture: Capture) ->
     key = capture.establish(ends, AGED, happened=CLOSED)
     assert capture.sweep() == {}
     assert capture.is_recorded(ends, key)
+
+
+@pytest.mark.parametrize("server_gone", [False, True])
+def test_a_closed_client_with_a_descriptor_keeps_its_record_until_it_is_gone(
+    capture: Capture, server_gone: bool
+) -> None:
+    kept, left = gone(), gone()
+    closed = NOTHING_HAPPENED._replace(
+        gone=int(server_gone), server_gone=server_gone, client_closed_with_descriptor=True
+    )
+    key = capture.establish(kept, AGED, happened=closed)
+    capture.establish(left, AGED, happened=closed._replace(gone=closed.gone + 1))
+    assert capture.sweep() == {"records_removed": 1}
+    assert capture.is_recorded(kept, key)
 
 
 def test_what_was_reset_in_an_accept_queue_stays_as_long_as_its_listener(capture: Capture) -> None:

@@ -84,7 +84,7 @@ def test_the_table_and_the_json_show_the_same_figures_and_verdicts() -> None:
     sections = [Section("Time", ("10 sockets", "1,000 sockets"), (row,))]
     output = io.StringIO()
     Console(file=output, width=120).print(render(sections, "on a machine"))
-    for text in ("180 µs", " - ", "x1.50", "≤ x1.20 MISS"):
+    for text in ("180 µs", " - ", "x1.500", "≤ x1.200 MISS"):
         assert text in output.getvalue()
     assert as_json(sections)[0]["rows"][0] == {
         "name": "Lookup",
