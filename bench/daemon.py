@@ -23,14 +23,12 @@ START_SECONDS = 60
 STOP_SECONDS = 20
 POLL_SECONDS = 0.002
 
-
 COMMAND = (sys.executable, "-m", "peercredd")
 
 
 class Daemon(NamedTuple):
     """A running daemon and what is its own."""
 
-    process: subprocess.Popen[bytes]
     cgroup: Path
     """Captured: the benchmark is in it while the daemon runs."""
     pin_dir: Path
@@ -80,7 +78,7 @@ def running() -> Iterator[Daemon]:
         try:
             _wait_until_listening(process, path)
             with _inside(captured):
-                yield Daemon(process, captured, pin_dir, path, exec_time)
+                yield Daemon(captured, pin_dir, path, exec_time)
         except _StartError as failure:
             log.seek(0)
             raise click.ClickException(f"{failure}:\n{log.read().decode()}") from None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import statistics
 import time
@@ -37,9 +38,9 @@ def _start() -> float:
         listener.accept()[0] as accepted,
         grpc.insecure_channel(daemon.address) as channel,
     ):
-        request = pb.LookupRequest(key=key(question(accepted, uid=0, pid=0)))
+        request = pb.LookupRequest(key=key(question(accepted, os.geteuid(), os.getpid())))
         answer = pb_grpc.PeerCredentialsStub(channel).Lookup(request)
         elapsed = time.perf_counter() - daemon.exec_time
-        if not answer.peer.HasField("uid"):
-            raise click.ClickException("the first answer names no uid")
+        if answer.peer.pid != os.getpid():
+            raise click.ClickException("the first answer names another process")
         return elapsed

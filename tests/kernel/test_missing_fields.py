@@ -47,5 +47,5 @@ def test_what_the_compiler_or_the_verifier_objects_to_is_one_line(
     monkeypatch.setattr(capture, "source_text", broken)
     with pytest.raises(KernelError) as caught:
         capture.load(max_connections=16, max_pending=16)
-    assert "the kernel refuses cgroup_sock_ops: R1 type=sock_or_null" in caught.value.strerror
-    assert len(caught.value.strerror.splitlines()) == 1
+    assert "the kernel refuses cgroup_sock_ops: R1 type=sock_or_null" in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1

@@ -2,9 +2,9 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import closing
 
-import bpf_maps
 import pytest
 
+from harness import bpf_maps
 from harness.netns import NetworkNamespace
 from peercredd import namespaces, older
 from peercredd.libbpf import Map

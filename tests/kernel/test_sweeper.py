@@ -13,9 +13,9 @@ from itertools import count
 from pathlib import Path
 from typing import NamedTuple
 
-import bpf_maps
 import pytest
 
+from harness import bpf_maps
 from harness.netns import NetworkNamespace
 from peercredd import libbpf, namespaces, pins, records, sockdiag, sweeper
 from peercredd.libbpf import Map
