@@ -17,7 +17,6 @@
 #define TCP_FIN_WAIT1_STATE 4
 #define TCP_CLOSE_STATE 7
 #define TCP_CLOSE_WAIT_STATE 8
-#define TCP_LAST_ACK_STATE 9
 
 static __always_inline void count_drop(enum drop reason)
 {
@@ -103,7 +102,7 @@ static __always_inline void note_absence(u64 cookie, struct tuple *tuple, u64 re
     note_absence_of(hash_of_tuple(tuple), reason);
 }
 
-/* Of the two ends, `server_cookie` may not be born yet: 0. */
+/* An end that is not born yet, or not known, is 0. */
 static __always_inline void drop_record(enum drop reason, u64 client_cookie, u64 server_cookie,
                                         struct tuple *tuple)
 {
@@ -163,7 +162,7 @@ static __always_inline void client_end_gone(u64 cookie)
         end_gone(server_cookie, false);
 }
 
-/* The last descriptor of a socket goes: its owner can not ask any more. */
+/* The last descriptor of a socket goes: its owner cannot ask any more. */
 static __always_inline void release(void *storage, u64 cookie)
 {
     struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
@@ -197,7 +196,7 @@ static __always_inline bool was_disconnected(u64 socket, u32 old_state)
            LOAD(u32, socket, sock_err) == 0;
 }
 
-/* A pending connect() that can not have a server socket any more, or that had one
+/* A pending connect() that cannot have a server socket any more, or that had one
  * where nobody captures. If the server has acknowledged no more than the SYN, its
  * socket may be born yet (our last ACK may be in a queue): the sweeper decides. */
 static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)

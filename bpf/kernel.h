@@ -1,13 +1,12 @@
 /* SPDX-License-Identifier: MIT OR GPL-2.0-only
  *
  * Reading the kernel's structs without its headers. The OFFSET_* macros are
- * written by peercredd/loader.py from the running kernel's BTF.
+ * written by peercredd/capture.py from the running kernel's BTF.
  *
  * Kernel addresses travel as u64: a pointer would be taken by BCC for one that it
  * has to rewrite.
  */
 
-#define AF_INET 2
 #define AF_INET6 10
 #define IPPROTO_TCP 6
 #define SOCK_STREAM 1

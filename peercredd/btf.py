@@ -26,7 +26,6 @@ class Member(NamedTuple):
     """Bytes from the start of the outermost struct, rounded down for a bitfield."""
     bit: int
     """First bit within that byte."""
-    type_id: int
 
 
 class MemberMissing(KernelError):  # noqa: N818 - a fact, not always an error
@@ -75,7 +74,11 @@ class KernelTypes:
             )
 
     def size(self, struct: str) -> int:
-        """Size of a struct in bytes."""
+        """Size of a struct in bytes.
+
+        Raises:
+            MemberMissing: this kernel has no such struct.
+        """
         return int(self._type(self._struct(struct)).size_or_type)
 
     def member(self, path: str) -> Member:
@@ -92,7 +95,7 @@ class KernelTypes:
                 raise MemberMissing(errno.ENOENT, f"this kernel has no {path}")
             bits += found[0]
             type_id = found[1]
-        return Member(bits // 8, bits % 8, type_id)
+        return Member(bits // 8, bits % 8)
 
     def _struct(self, name: str) -> int:
         result = self._bpf.btf__find_by_name_kind(self._btf, name.encode(), _KIND_STRUCT)

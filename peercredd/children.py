@@ -23,19 +23,28 @@ async def start(module: str, arguments: Mapping[str, str | int]) -> AsyncIterato
 
     PID is this process's: a child that asked for PR_SET_PDEATHSIG too late sees that it
     has another parent by then.
+
+    Raises:
+        ChildError: it cannot be started.
     """
-    child = await asyncio.create_subprocess_exec(
-        sys.executable,
-        "-P",  # a root process imports nothing from the current directory
-        "-m",
-        module,
-        json.dumps(arguments),
-        str(os.getpid()),
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        process_group=0,  # Ctrl-C on a terminal is for the daemon to handle
-    )
+    try:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-P",  # a root process imports nothing from the current directory
+            "-m",
+            module,
+            json.dumps(arguments),
+            str(os.getpid()),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            process_group=0,  # Ctrl-C on a terminal is for the daemon to handle
+        )
+    except OSError as error:
+        raise ChildError(
+            f"{module} cannot be started: {error.strerror}; see the daemon's limits of "
+            "descriptors, tasks and memory"
+        ) from error
     try:
         yield child
     finally:

@@ -1,4 +1,4 @@
-"""The few calls of libbpf that peercredd makes, typed.
+"""The few calls of libbpf that peercredd makes, typed; each raises KernelError where it fails.
 
 libbpf comes with BCC (Debian's libbpfcc depends on it), so nothing more need be
 installed; loading it costs the server less than a megabyte.
@@ -22,7 +22,7 @@ BPF_F_RDONLY = 1 << 3
 
 
 class KernelError(OSError):
-    """A bpf(2) call failed; the text says which."""
+    """The kernel, or what is needed to use it, does not do its part; the text says what."""
 
 
 def library() -> ctypes.PyDLL:

@@ -1,10 +1,10 @@
 """The short-lived process that compiles, attaches and pins a capture.
 
 ``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, max_connections and
-max_pending; its parent, of that pid, holds the pin directory. Exit status 0: the pins are in
-place, and standard output has one JSON object; 1: one line on standard error
-says why not, and nothing is left attached. ``--dry-run`` has the kernel verify
-the programs, and attaches nothing.
+max_pending; its parent, of that pid, holds the pin directory. Exit status 0: the
+pins are in place, and standard output has one JSON object; 1: one line on standard
+error says why not, and nothing is left attached. ``--dry-run`` has the kernel
+verify the programs, and attaches nothing.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peercredd import __version__, capture, older, pins
+from peercredd import capture, older, pins
 from peercredd.libbpf import KernelError, Map, create_link, get_pinned, link_cgroup_id, pin
 from peercredd.records import ABOUT_SIZE
 
@@ -41,7 +41,8 @@ def main(arguments: list[str]) -> int:
         else:
             outcome = start(json.loads(arguments[0]))
     except OSError as error:
-        print(error.strerror or error, file=sys.stderr)
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"{where}{error.strerror}", file=sys.stderr)
         return 1
     print(json.dumps(outcome))
     return 0
@@ -51,7 +52,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     """Adopt the running capture if it is what `settings` ask for, else replace it.
 
     Raises:
-        KernelError: it could not be loaded or attached.
+        OSError: it could not be loaded or attached, or older connections not be listed.
     """
     pin_dir = Path(settings["pin_dir"])
     cgroup = Path(settings["cgroup"])
@@ -69,7 +70,6 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
         attach(loaded, cgroup, staged)
         learnt = older.learn(Map(loaded.maps["older"]))
         about = {
-            "version": __version__,
             "fingerprint": fingerprint,
             "hook_set": HOOK_SET,
             "cgroup": str(cgroup),
@@ -87,7 +87,11 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def attach(loaded: capture.Capture, cgroup: Path, staged: Path) -> None:
-    """Attach every program to the cgroup, beside what others attached, and pin the links."""
+    """Attach every program to the cgroup, beside what others attached, and pin the links.
+
+    Raises:
+        OSError: there is no such cgroup, or the kernel refuses.
+    """
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for program, descriptor in loaded.programs.items():
@@ -99,7 +103,12 @@ def attach(loaded: capture.Capture, cgroup: Path, staged: Path) -> None:
 
 
 def read_about(maps: Path) -> dict[str, Any]:
-    """What the loader of a capture said of it."""
+    """What the loader of a capture said of it.
+
+    Raises:
+        KernelError: the map is not there.
+        ValueError: it has not been written.
+    """
     text = Map.open(maps / "about").lookup(_ABOUT_KEY) or b""
     about: dict[str, Any] = json.loads(text.rstrip(b"\0"))
     return about
@@ -125,7 +134,7 @@ def _fingerprint(settings: dict[str, Any], cgroup: Path) -> str:
     """Of all that makes one capture differ from another."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(str(cgroup.stat().st_ino).encode())
-    for source in sorted(capture.source_folder().glob("*.[ch]")):
+    for source in sorted(capture.source_folder().rglob("*.[ch]")):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

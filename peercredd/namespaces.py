@@ -15,8 +15,6 @@ from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 
-from pyroute2 import netns
-
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h; not in the socket module
 
 
@@ -74,6 +72,9 @@ def entered(namespace: int) -> Iterator[int]:
 
 
 def _enter(namespace: int) -> None:
+    # Here, for the server imports this module too and never enters a namespace.
+    from pyroute2 import netns
+
     try:
         netns.setns(namespace)  # os.setns() came with Python 3.12
     except OSError as error:

@@ -47,7 +47,7 @@ def hold(pin_dir: Path) -> Iterator[None]:
 
     Raises:
         Held: another process owns it.
-        KernelError: it can not be made.
+        KernelError: it cannot be made.
     """
     _make(pin_dir)
     while True:
@@ -131,19 +131,23 @@ def _dismantle(folder: Path) -> None:
 def _make(pin_dir: Path) -> None:
     if pin_dir.is_relative_to(BPFFS_MOUNT):
         _mount_bpffs()
-    existing = next(folder for folder in (pin_dir, *pin_dir.parents) if folder.exists())
-    if not _is_bpffs(existing):
+    try:
+        existing = next(folder for folder in (pin_dir, *pin_dir.parents) if folder.exists())
+        on_bpffs = _is_bpffs(existing)
+        if on_bpffs:
+            pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as error:
+        raise KernelError(
+            error.errno or errno.EIO,
+            f"{pin_dir} cannot be made: {error.strerror}; choose another --pin-dir, without dots: "
+            "a BPF file system has no such names",
+        ) from error
+    if not on_bpffs:
         raise KernelError(
             errno.EINVAL,
             f"{pin_dir} is not on a BPF file system; choose a --pin-dir below {BPFFS_MOUNT}, "
             f"or mount one: mount -t bpf bpf {existing}",
         )
-    try:
-        pin_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise KernelError(
-            error.errno or errno.EIO, f"{pin_dir} cannot be made: {error.strerror}"
-        ) from error
 
 
 def _mount_bpffs() -> None:

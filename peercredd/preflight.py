@@ -10,13 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from peercredd import defaults
+from peercredd import defaults, pins
 from peercredd.config import Config
 from peercredd.mounts import CgroupError, cgroup_directory, mount_points
 
-_SYS_ADMIN: Final = 21
-_NEEDED: Final = {"CAP_NET_ADMIN": 12, "CAP_PERFMON": 38, "CAP_BPF": 39}
-"""Numbers of capabilities(7). CAP_SYS_ADMIN stands for all of them."""
+_NEEDED: Final = {"CAP_SYS_ADMIN": 21}
+"""Numbers of capabilities(7). For bpf(2), CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN would do;
+setns(2) takes this one."""
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 
@@ -37,8 +37,6 @@ def missing_capabilities() -> list[str]:
     (effective,) = (
         int(line.split()[1], 16) for line in status.splitlines() if line.startswith("CapEff:")
     )
-    if effective & 1 << _SYS_ADMIN:
-        return []
     return [name for name, number in _NEEDED.items() if not effective & 1 << number]
 
 
@@ -86,6 +84,10 @@ def _bpffs(pin_dir: Path) -> Check:
     for point in mount_points("bpf"):
         if pin_dir.is_relative_to(point):
             return Check("bpffs", "ok", f"mounted at {point}")
+    if not pin_dir.is_relative_to(pins.BPFFS_MOUNT):
+        return Check(
+            "bpffs", "failed", f"{pin_dir} is not on one", f"name one below {pins.BPFFS_MOUNT}"
+        )
     if "nodev\tbpf" in Path("/proc/filesystems").read_text().splitlines():
         return Check("bpffs", "ok", "not mounted; the daemon mounts it")
     return Check(

@@ -97,7 +97,9 @@ CONNECTION_SIZE = LISTENER_OFFSET + CREDENTIALS.size
 
 ABOUT_SIZE = 4096
 
-ABSENCES = {1: "RETIRED", 2: "TABLE_WAS_FULL", 3: "NEVER_SEEN"}
+ABSENCE_REASON = 3
+ABSENT_RETIRED = 1
+ABSENCES = {ABSENT_RETIRED: "RETIRED", 2: "TABLE_WAS_FULL", 3: "NEVER_SEEN"}
 """Reasons in the map ``absences``, in the words of the API."""
 
 DROPS = (
@@ -140,7 +142,7 @@ def absence_slot(subject: int) -> bytes:
 def absence_reason(value: bytes, subject: int) -> str | None:
     """The reason in a slot of ``absences``, if it is that subject's."""
     absence: int = _WORD.unpack(value)[0]
-    return None if (absence ^ subject) >> 2 else ABSENCES.get(absence & 3)
+    return None if (absence ^ subject) >> 2 else ABSENCES.get(absence & ABSENCE_REASON)
 
 
 def older_key(subject: int) -> bytes:

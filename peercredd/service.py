@@ -32,7 +32,8 @@ _NOT_FOUND = {
     reason: encode.error(code_pb2.NOT_FOUND, reason.value, text)
     for reason, text in {
         Reason.NEVER_SEEN: "no connect() of that connection on this host was recorded",
-        Reason.OLDER_THAN_CAPTURE: "that connection was there before capture began",
+        Reason.OLDER_THAN_CAPTURE: "that connection, or the listener asked about, was there "
+        "before capture began",
         Reason.TABLE_WAS_FULL: "that connection was seen, there was no room to record it: "
         "see 'peercred status'",
         Reason.RETIRED: "that connection was recorded and has been closed since",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import struct
 import sys
 from contextlib import ExitStack
@@ -14,11 +13,11 @@ from typing import NamedTuple
 
 from peercredd import pins, records
 from peercredd.libbpf import KernelError, Map, get_pinned, link_cgroup_id
+from peercredd.namespaces import own_cookie
 from peercredd.records import Connection, Credentials, Tuple
 
 _COOKIE = struct.Struct("=Q")
 _DROP_COUNT = struct.Struct("=Q")
-_SO_NETNS_COOKIE = 71
 _RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 
 
@@ -75,7 +74,8 @@ class Store:
     """The pinned maps of a running capture, opened read-only.
 
     Safe to use from several threads. While it is open the attachments stay,
-    even if somebody removes their pins.
+    even if somebody removes their pins. Every method that asks a map raises
+    KernelError where the kernel gives no answer.
     """
 
     own_netns_cookie: int
@@ -85,28 +85,28 @@ class Store:
         """Open the capture in `pin_dir`.
 
         Raises:
-            KernelError: there is none, or it may not be opened.
+            OSError: there is none, or it may not be opened.
         """
         capture = pin_dir / pins.CAPTURE
         self._resources = ExitStack()
         try:
-            self._connections = self._open(capture, "connections")
-            self._by_tuple = self._open(capture, "by_tuple")
-            self._by_client = self._open(capture, "by_client")
+            self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
+            self._connections = self._tables["connections"]
+            self._by_tuple = self._tables["by_tuple"]
+            self._by_client = self._tables["by_client"]
             self._absences = self._open(capture, "absences")
             self._older = self._open(capture, "older")
             self._drops = self._open(capture, "drops")
-            self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
             self._links = {}
             for pinned in sorted((capture / pins.LINKS).iterdir()):
                 self._links[pinned.name] = get_pinned(pinned)
                 self._resources.callback(os.close, self._links[pinned.name])
             text = self._open(capture, "about").lookup(bytes(4)) or b""
+            self._about = json.loads(text.rstrip(b"\0"))
+            self.own_netns_cookie = own_cookie()
         except BaseException:
             self.close()
             raise
-        self._about = json.loads(text.rstrip(b"\0"))
-        self.own_netns_cookie = _own_netns_cookie()
 
     def close(self) -> None:
         """Close all maps and links; the capture goes on as long as it is pinned."""
@@ -235,9 +235,3 @@ def _is_attached(link: int) -> bool:
         return link_cgroup_id(link) != 0
     except KernelError:
         return False
-
-
-def _own_netns_cookie() -> int:
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anchor:
-        cookie = anchor.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, _COOKIE.size)
-    return int(_COOKIE.unpack(cookie)[0])

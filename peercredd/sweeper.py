@@ -1,8 +1,9 @@
 """The short-lived process that removes what no live socket stands behind.
 
-``python -m peercredd.sweeper JSON`` with pin_dir, pending_age_seconds and
-record_age_seconds. Exit status 0: standard output has one JSON object that counts
-what was done; 1: one line on standard error says why it could not be.
+``python -m peercredd.sweeper JSON PID`` with pin_dir, pending_age_seconds and
+record_age_seconds; PID goes unread, for a sweep may outlive its parent. Exit status
+0: standard output has one JSON object that counts what was done; 1: one line on
+standard error says why it could not be.
 
 The kernel side keeps the tables by itself, but some of its events never come: a
 client reached ESTABLISHED and its server socket was never born, or a socket closed
@@ -28,10 +29,6 @@ PENDING_LIMIT_NS = 15 * 60 * _SECOND_NS
 """Age at which a pending connect() goes though its client be alive, or out of reach. SYN
 and SYN-ACK are sent again for some two minutes (tcp_syn_retries and tcp_synack_retries
 in Documentation/networking/ip-sysctl.rst): no server socket is born so late."""
-
-_ABSENT_RETIRED = 1
-_ABSENCE_REASON = 3
-"""Of bpf/records.h."""
 
 
 class Tables(NamedTuple):
@@ -192,7 +189,7 @@ def _retire(tables: Tables, entry: Entry) -> bool:
         return False
     _, server, client, _ = records.CONNECTION_HEAD.unpack_from(record)
     for subject in (records.hash_of_cookie(server), records.hash_of_tuple(entry.tuple)):
-        absence = subject & ~_ABSENCE_REASON | _ABSENT_RETIRED
+        absence = subject & ~records.ABSENCE_REASON | records.ABSENT_RETIRED
         tables.absences.update(records.absence_slot(subject), _u64(absence))
     _remove(tables.by_tuple, entry.tuple, entry.key)
     _remove(tables.by_client, _u64(client), entry.key)

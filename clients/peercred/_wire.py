@@ -59,8 +59,26 @@ MAX_KEYS = 1000
 _SO_COOKIE = 57
 _SO_NETNS_COOKIE = 71
 
+_MAX_TIMEOUT = 1_000_000_000
+"""Seconds. gRPC takes one whose end is beyond 64 bits of ns since 1970 for none at all."""
+
 _ENDS = {pb.END_CLIENT: End.CLIENT, pb.END_SERVER: End.SERVER}
 _BASES = {pb.BASIS_SOCKET: Basis.SOCKET, pb.BASIS_TUPLE: Basis.TUPLE}
+
+
+def checked_timeout(seconds: float) -> float:
+    """Return `seconds` if it can be waited for.
+
+    Raises:
+        InvalidArgument: It is no time, or endless.
+
+    """
+    if not 0 < seconds <= _MAX_TIMEOUT:
+        raise InvalidArgument(
+            f"timeout must be more than 0 and at most {_MAX_TIMEOUT} seconds: {seconds!r}",
+            "timeout",
+        )
+    return seconds
 
 
 def key_of_socket(sock: Socket) -> pb.ConnectionKey:

@@ -11,7 +11,7 @@ from typing import Self, TypeVar
 import grpc
 
 from peercred import _address, _wire
-from peercred.errors import InvalidArgument, PeerCredError
+from peercred.errors import PeerCredError
 from peercred.types import Connection, PeerCredentials, Status
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
@@ -45,10 +45,8 @@ class Client:
     """
 
     def __init__(self, address: str | None = None, *, timeout: float = 5.0) -> None:
-        if not timeout > 0:
-            raise InvalidArgument(f"timeout must be more than 0 seconds: {timeout!r}", "timeout")
         self.address = _address.resolve(address)
-        self.timeout = timeout
+        self.timeout = _wire.checked_timeout(timeout)
         self._closed = False
         self._channel = grpc.insecure_channel(
             self.address, options=_address.channel_options(self.address)

@@ -13,7 +13,7 @@ class NotFound(PeerCredError):  # noqa: N818 - reads as the answer it is
     `reason` says why, in the words of google.rpc.ErrorInfo:
 
     - ``NEVER_SEEN``: no local connect() of that connection was recorded.
-    - ``OLDER_THAN_CAPTURE``: it was there before capture began.
+    - ``OLDER_THAN_CAPTURE``: it, or the listener asked about, was there before capture began.
     - ``TABLE_WAS_FULL``: it was seen, and there was no room to record it.
     - ``RETIRED``: it was recorded, and both ends have been closed since.
     - ``NOT_LOCAL``: its other end is not on this host.

@@ -6,7 +6,18 @@ from harness import steps
 from harness.channel import Descriptor
 from harness.netns import NetworkNamespace
 from harness.oracle import Peer
-from harness.routes import ANY_V4, LAN, LAN_V4, LAN_V6, LINK_LOCAL, LOOPBACK, MULTIPATH, USUAL, V4
+from harness.routes import (
+    ANY_V4,
+    LAN,
+    LAN_V4,
+    LAN_V6,
+    LINK_LOCAL,
+    LOOPBACK,
+    MAPPED,
+    MULTIPATH,
+    USUAL,
+    V4,
+)
 from harness.stage import Stage
 from harness.steps import Route
 from harness.users import ALICE, GAMES, SERVICE, STAFF
@@ -58,6 +69,18 @@ def test_one_tuple_in_many_namespaces_is_as_many_connections(stage: Stage, route
     for number, (server, accepted, client, ends) in enumerate(played):
         assert stage.peer(server, accepted).uid == ALICE + 200 + number
         assert stage.peer(client, ends).uid == SERVICE + 100 + number
+
+
+def test_a_v4_mapped_socket_that_is_turned_into_a_v4_one_keeps_its_peer(stage: Stage) -> None:
+    server, client = stage.actor(SERVICE), stage.actor(ALICE)
+    listener = stage.listen(server, MAPPED)
+    ends = stage.connect(client, listener)
+    accepted = server(steps.accept, listener.fds)
+    for actor, fd in ((server, accepted.tcp), (client, ends.tcp)):
+        actor(steps.turn_into_v4, fd)
+        assert actor(steps.own_name, fd)[0] == "127.0.0.1"
+    assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
+    assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
 
 
 def test_a_socket_keeps_the_namespace_it_was_made_in(stage: Stage) -> None:

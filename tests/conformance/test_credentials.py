@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -9,6 +10,7 @@ from tempfile import TemporaryDirectory
 import pytest
 
 from harness import steps
+from harness.actor_process import go_on_in_second_thread
 from harness.actors import PYTHON
 from harness.oracle import MAX_GROUPS, Peer
 from harness.routes import V4
@@ -138,6 +140,19 @@ def test_a_thread_with_ids_of_its_own_listens_under_them(stage: Stage, route: Ro
     client(steps.connect, ends, server(steps.addresses, fds, route))
     assert stage.peer(client, ends) == Peer(server.pid, BOB, CAROL, (STAFF,), 1)
     assert stage.peer(server, server(steps.accept, fds)).uid == ALICE
+
+
+def test_a_process_whose_first_thread_has_ended_keeps_its_number(
+    stage: Stage, route: Route
+) -> None:
+    server, client = stage.actor(SERVICE), stage.actor(ALICE)
+    for actor in (server, client):
+        actor(go_on_in_second_thread)
+        assert actor(threading.get_native_id) != actor(os.getpid) == actor.pid
+    listener = stage.listen(server, route)
+    ends = stage.connect(client, listener)
+    assert stage.peer(server, server(steps.accept, listener.fds))[:2] == (client.pid, ALICE)
+    assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
 
 
 def test_a_forked_child_that_connects_is_the_client(stage: Stage, route: Route) -> None:

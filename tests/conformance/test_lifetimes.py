@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 
 from harness import steps
 from harness.actors import Actor
+from harness.channel import Descriptor
 from harness.oracle import as_peer
 from harness.routes import MULTIPATH, V4
 from harness.stage import Listener, Stage
@@ -252,6 +254,45 @@ def test_a_disconnected_socket_has_no_peer_and_its_server_still_has(
     assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
 
 
+def half_close(actor: Actor, fd: int, other: Actor, other_fd: int) -> None:
+    actor(steps.shutdown, fd, socket.SHUT_WR)
+    other(steps.wait_until_hung_up, other_fd)
+
+
+def be_half_closed(actor: Actor, fd: int, other: Actor, other_fd: int) -> None:
+    half_close(other, other_fd, actor, fd)
+
+
+def be_reset(actor: Actor, fd: int, other: Actor, other_fd: int) -> None:
+    other(steps.reset, other_fd)
+    actor(steps.wait_until_hung_up, fd)
+
+
+@pytest.mark.parametrize(
+    "before",
+    [
+        half_close,
+        be_half_closed,
+        pytest.param(
+            be_reset,
+            marks=pytest.mark.xfail(
+                reason="no hook is told that a socket in state CLOSE is disconnected", strict=True
+            ),
+        ),
+    ],
+)
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_a_socket_has_no_peer_whatever_it_went_through_before_it_was_disconnected(
+    stage: Stage, before: Callable[[Actor, int, Actor, int], None], end: str
+) -> None:
+    _, server, accepted, client, ends = connected(stage, V4)
+    sides = [(client, ends.tcp), (server, accepted.tcp)]
+    (actor, fd), (other, other_fd) = sides if end == "client" else sides[::-1]
+    before(actor, fd, other, other_fd)
+    actor(steps.disconnect, fd)
+    assert stage.refusal(actor, fd) in ("INVALID_ARGUMENT", "RETIRED")
+
+
 def test_a_disconnected_socket_connected_anew_is_the_new_users(stage: Stage, route: Route) -> None:
     _, server, accepted, client, ends = connected(stage, route)
     second_server, bob = stage.actor(CAROL), stage.actor(BOB)
@@ -347,6 +388,23 @@ def test_what_can_still_be_asked_is_not_swept(swept_stage: Stage, route: Route) 
         assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
         if number > 1:
             assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
+
+
+def test_a_namespace_that_only_sockets_are_left_of_is_not_swept(swept_stage: Stage) -> None:
+    stage = swept_stage
+    emptied = stage.namespace()
+    server = stage.actor(namespace=emptied)
+    client = stage.actor(namespace=emptied)
+    listener = stage.listen(server, V4)
+    ends = stage.connect(client, listener)
+    accepted = server(steps.accept, listener.fds)
+    for actor in (server, client):
+        actor(steps.enter_network_namespace, Descriptor(stage.namespace().fd))
+    emptied.close()
+    stage.wait_for_sweep()
+    stage.wait_for_sweep()
+    assert stage.peer(server, accepted).pid == client.pid
+    assert stage.peer(client, ends).pid == server.pid
 
 
 @pytest.mark.xfail(reason="the cgroup hook set is not told of a second listen()", strict=True)

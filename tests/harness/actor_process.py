@@ -6,10 +6,12 @@ import os
 import signal
 import socket
 import sys
+import threading
 from pathlib import Path
 from typing import NoReturn
 
 from harness.channel import Descriptor, receive, send
+from harness.syscalls import syscall
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]);"
@@ -69,6 +71,14 @@ def execute(executable: str | None, kept: tuple[int, ...]) -> NoReturn:
         os.set_inheritable(fd, True)
     folder = Path(__file__).parent.parent
     os.execv(program, command(program, folder, _control.fileno()))
+
+
+def go_on_in_second_thread() -> None:
+    """Take the steps to come in another thread; the first one, which has the pid, ends."""
+    thread = threading.Thread(target=serve, args=(_control,))
+    thread.start()
+    send(_control, (True, None))
+    syscall("exit", 0)
 
 
 def reap_no_children() -> None:

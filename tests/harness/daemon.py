@@ -48,6 +48,7 @@ class Daemon:
         self.socket = folder / "run" / "peercredd.sock"
         self.address = f"unix:{self.socket}"
         self.pin_dir = pin_dir or Path(f"/sys/fs/bpf/peercredd-test-{uuid.uuid4().hex[:12]}")
+        self._owns_pins = pin_dir is None
         self._log = folder / "log"
         self._last_words = ""
         configuration = folder / "peercredd.toml"
@@ -55,7 +56,7 @@ class Daemon:
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
-                    # Should the tests be killed, the daemon takes its programs away.
+                    # Should the tests be killed, the daemon does not outlive them.
                     *("setpriv", "--pdeathsig", "TERM", "--"),
                     *(sys.executable, "-m", "peercredd"),
                     *("--config", str(configuration)),
@@ -74,6 +75,7 @@ class Daemon:
             self._wait_until_ready()
         except BaseException:
             self.kill()
+            self._unload()
             raise
 
     def log(self) -> str:
@@ -104,8 +106,15 @@ class Daemon:
             if self.process.poll() is None:
                 self.process.kill()
                 self.process.wait()
+            self._unload()
             self.log()
             self._folder.cleanup()
+
+    def _unload(self) -> None:
+        """Take away what a daemon that failed has left; pins that were given are the giver's."""
+        if self._owns_pins and self.pin_dir.exists():
+            unload = ["--pin-dir", str(self.pin_dir), "unload"]
+            subprocess.run([sys.executable, "-m", "peercredd", *unload], check=True)
 
     def _wait_until_ready(self) -> None:
         deadline = time.monotonic() + START_SECONDS

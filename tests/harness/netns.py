@@ -81,7 +81,9 @@ class NetworkNamespace:
 
     def close(self) -> None:
         """Let go of the namespace; the kernel removes it after its last socket and process."""
-        os.close(self.fd)
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
 
     def __enter__(self) -> NetworkNamespace:
         return self

@@ -33,6 +33,7 @@ from harness.syscalls import (
 IPPROTO_MPTCP = 262
 TCP_FASTOPEN_CONNECT = 30
 TCPI_OPT_SYN_DATA = 32
+IPV6_ADDRFORM = 1
 TCP_ESTABLISHED = 1
 TCP_CLOSE = 7
 
@@ -358,6 +359,12 @@ def shutdown(fd: int, how: int) -> None:
     """shutdown() of one socket."""
     with _borrow(fd) as sock:
         sock.shutdown(how)
+
+
+def turn_into_v4(fd: int) -> None:
+    """Make a connected socket with v4-mapped addresses one of IPv4."""
+    with _borrow(fd) as sock:
+        sock.setsockopt(socket.IPPROTO_IPV6, IPV6_ADDRFORM, socket.AF_INET)
 
 
 def disconnect(fd: int) -> None:

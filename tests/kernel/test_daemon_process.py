@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import resource
 import select
 import signal
 import socket
@@ -224,6 +225,16 @@ def test_pins_outside_a_bpffs_are_refused(process: Process) -> None:
     assert "is not on a BPF file system" in log[0]["event"]
 
 
+def test_a_name_that_no_bpffs_can_have_is_refused(process: Process) -> None:
+    process.options = ["--pin-dir", f"{process.pin_dir}.dot"]
+    process.start()
+
+    status, log = process.end()
+
+    assert status == 1
+    assert "without dots" in log[0]["event"]
+
+
 def test_a_cgroup_that_is_none_is_refused_before_anything_is_loaded(process: Process) -> None:
     process.options = ["--cgroup", str(process.folder)]
     process.start()
@@ -308,6 +319,26 @@ def test_a_sweep_that_fails_is_a_warning_and_the_daemon_goes_on(process: Process
     assert status == 0
 
 
+def test_a_sweep_that_cannot_be_started_is_a_warning_and_the_daemon_goes_on(
+    process: Process,
+) -> None:
+    process.options = ["--sweep-interval-seconds", "1"]
+    process.start()
+    process.event("serving")
+    pid = process.process.pid
+    soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (8, hard))
+
+    event = process.event("stale records stay for now")
+
+    assert "peercredd.sweeper cannot be started: Too many open files" in event["reason"]
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (soft, hard))
+    with peercred.Client(f"unix:{process.socket}") as client:
+        assert client.status().daemon_pid == pid
+    status, _ = process.end(signal.SIGTERM)
+    assert status == 0
+
+
 def test_the_serving_process_is_at_most_45_mb(process: Process) -> None:
     process.start()
     process.event("serving")
@@ -327,7 +358,7 @@ def test_the_serving_process_has_no_compiler_in_memory(process: Process) -> None
     maps = Path(f"/proc/{process.process.pid}/maps").read_text()
     assert "libbpf" in maps
     assert "LLVM" not in maps
-    assert "bcc" not in maps
+    assert "libbcc" not in maps
 
 
 def test_check_finds_this_machine_fit(process: Process) -> None:

@@ -125,6 +125,23 @@ def test_the_tuple_of_a_newer_connection_that_is_gone_does_not_name_the_older(
 
 
 @ways_to_end
+def test_the_end_of_an_older_connection_takes_nothing_from_the_newer(
+    stage: Stage, daemon: Daemon, route: Route, end: End
+) -> None:
+    listener, server, old, alice, ends = first_connection(stage, route)
+    names = Names(server, old.tcp)
+    end(alice, ends.tcp, server, old.tcp)
+    bob = stage.actor(BOB)
+    new_ends = stage.connect(bob, listener, local=names.client)
+    new = server(steps.accept, listener.fds)
+    server(steps.close, old)
+    alice.exit()
+    assert oracle.ask_raw(daemon.address, names.key()).peer.uid == BOB
+    assert stage.peer(server, new)[:2] == (bob.pid, BOB)
+    assert stage.peer(bob, new_ends)[:2] == (server.pid, SERVICE)
+
+
+@ways_to_end
 def test_ten_generations_of_one_tuple_are_told_apart(
     stage: Stage, daemon: Daemon, route: Route, end: End
 ) -> None:

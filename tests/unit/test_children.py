@@ -1,5 +1,6 @@
 import asyncio
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +52,17 @@ def test_a_child_that_fails_is_reported_in_one_line(module: Path, program: str, 
         asyncio.run(outcome())
 
     assert str(failed.value) == said
+
+
+def test_a_child_that_cannot_be_started_is_reported_in_one_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(sys, "executable", "/nowhere/python")
+
+    with pytest.raises(
+        children.ChildError, match="work_of_a_child cannot be started: No such file"
+    ):
+        asyncio.run(outcome())
 
 
 def test_a_child_that_hangs_is_reported_and_killed(module: Path, tmp_path: Path) -> None:

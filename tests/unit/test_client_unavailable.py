@@ -260,8 +260,8 @@ def test_an_address_that_cannot_be_is_refused_with_what_to_write(
     assert str(caught.value).startswith(source)
 
 
-@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
-def test_a_timeout_of_no_time_is_refused(kind: type[Client], timeout: float) -> None:
+@pytest.mark.parametrize("timeout", [0, -1, float("nan"), float("inf"), 1e300])
+def test_a_timeout_that_cannot_be_waited_for_is_refused(kind: type[Client], timeout: float) -> None:
     with pytest.raises(InvalidArgument, match="timeout") as caught:
         kind("unix:/x", timeout=timeout)
 

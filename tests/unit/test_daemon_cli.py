@@ -135,23 +135,23 @@ def test_without_privilege_the_daemon_says_what_it_lacks(peercredd: Run) -> None
 
     assert done.returncode == 1
     assert done.stderr.count("\n") == 1
-    assert "lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF; run it as root" in done.stderr
+    assert "lacks CAP_SYS_ADMIN; run it as root" in done.stderr
 
 
 def test_without_privilege_nothing_can_be_unloaded(peercredd: Run) -> None:
     done = peercredd("unload", prefix=POWERLESS)
 
     assert done.returncode == 1
-    assert done.stderr == ("peercredd: lacks CAP_NET_ADMIN, CAP_PERFMON, CAP_BPF; run it as root\n")
+    assert done.stderr == "peercredd: lacks CAP_SYS_ADMIN; run it as root\n"
 
 
-def test_a_capability_that_is_left_out_is_the_one_that_is_named(peercredd: Run) -> None:
+def test_the_capabilities_of_bpf_alone_are_too_few(peercredd: Run) -> None:
     if os.geteuid():
         pytest.skip("not root: run the tests with sudo")
-    done = peercredd("--log-format=text", prefix=("setpriv", "--bounding-set=-sys_admin,-perfmon"))
+    done = peercredd("--log-format=text", prefix=("setpriv", "--bounding-set=-sys_admin"))
 
     assert done.returncode == 1
-    assert "lacks CAP_PERFMON; run it as root" in done.stderr
+    assert "lacks CAP_SYS_ADMIN; run it as root" in done.stderr
 
 
 def test_check_without_privilege_says_so_and_does_not_guess_the_rest(peercredd: Run) -> None:
@@ -179,6 +179,13 @@ def test_check_names_a_cgroup_that_is_none(peercredd: Run, tmp_path: Path) -> No
 
     assert f"failed   cgroup v2             capture.cgroup: {tmp_path} is no" in done.stdout
     assert "mend: name one in /" in done.stdout
+
+
+def test_check_names_a_pin_directory_that_is_on_no_bpffs(peercredd: Run, tmp_path: Path) -> None:
+    done = peercredd("--pin-dir", tmp_path, "check", prefix=POWERLESS)
+
+    assert f"failed   bpffs                 {tmp_path} is not on one" in done.stdout
+    assert "mend: name one below /sys/fs/bpf" in done.stdout
 
 
 def test_check_finds_the_pypi_package_that_is_not_bcc(

@@ -13,7 +13,7 @@ from peercred.cli.settings import Settings, common_options, pass_settings
 HINTS = {
     "NEVER_SEEN": "LOCAL is the asking end's own address, a socket of another network namespace "
     "needs --netns-cookie, and only what `peercred status` calls the captured cgroup is recorded",
-    "OLDER_THAN_CAPTURE": "let it connect again",
+    "OLDER_THAN_CAPTURE": "let it connect again; if its listener is older, restart that first",
     "TABLE_WAS_FULL": "close connections, or raise the daemon's limit",
     "RETIRED": "ask while the socket is open",
     "NOT_LOCAL": "only connections within this host are recorded",

@@ -6,7 +6,7 @@ import socket
 
 import click
 
-from peercred import Client, NotFound, PeerCredentials
+from peercred import Client, NotFound, PeerCredentials, PeerCredError
 from peercred.cli.credentials import print_peer
 from peercred.cli.settings import Settings, common_options, pass_settings
 
@@ -34,8 +34,9 @@ def whoami(settings: Settings, ipv6: bool) -> None:
                 error.reason,
             ) from error
         except OSError as error:
-            raise click.UsageError(
-                f"this host does not let you connect to itself: {error.strerror}"
+            raise PeerCredError(
+                f"this host does not let you connect to itself: {error.strerror}; bring the "
+                "loopback interface up: `ip link set lo up`"
             ) from error
     print_peer(peer, as_json=settings.json)
 
