@@ -56,14 +56,33 @@ static __always_inline void read_tuple(u64 socket, bool is_client, struct tuple 
 }
 
 /* Local is what the kernel routes over a loopback device: 127/8, ::1 and the
- * host's own addresses, and nothing else. */
+ * host's own addresses, and nothing else. Without a route is only a deferred Fast Open
+ * socket that lost it to a setsockopt(); it gets one behind this hook, and should that
+ * leave the host, no server socket will ever match. */
 static __always_inline bool is_local(u64 socket)
 {
     u64 destination = LOAD(u64, socket, sock_dst_cache);
     if (!destination)
-        return false;
+        return true;
     u64 device = LOAD(u64, destination, dst_dev);
     return device && LOAD(u32, device, net_device_flags) & IFF_LOOPBACK;
+}
+
+/* A tuple is used anew: what it found before, from either end, is not the newest
+ * connection any more, whether or not the new one comes to have a record. */
+static __always_inline void forget_tuple(struct tuple *tuple)
+{
+    struct tuple reversed = {
+        .netns_cookie = tuple->netns_cookie,
+        .client_address = {tuple->server_address[0], tuple->server_address[1],
+                           tuple->server_address[2], tuple->server_address[3]},
+        .server_address = {tuple->client_address[0], tuple->client_address[1],
+                           tuple->client_address[2], tuple->client_address[3]},
+        .client_port = tuple->server_port,
+        .server_port = tuple->client_port,
+    };
+    by_tuple.delete(tuple);
+    by_tuple.delete(&reversed);
 }
 
 /* ---- why there is no record ---- */
@@ -170,6 +189,8 @@ static __always_inline void release(void *storage, u64 cookie)
         server_end_gone(server, cookie);
         if (!server->is_client)
             return;
+    } else if (server) {
+        reset_in_queue.delete(&cookie);
     }
     client_end_gone(cookie);
 }
@@ -197,9 +218,10 @@ static __always_inline bool was_disconnected(u64 socket, u32 old_state)
 }
 
 /* A pending connect() that cannot have a server socket any more, or that had one
- * where nobody captures. If the server has acknowledged no more than the SYN, its
- * socket may be born yet (our last ACK may be in a queue): the sweeper decides. */
-static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)
+ * where nobody captures. Its server socket may be born yet if the server has
+ * acknowledged no more than the SYN (our last ACK may be in a queue), or if the SYN
+ * carried data and was not refused: the sweeper decides. */
+static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state, bool over)
 {
     struct tuple tuple = {};
     read_tuple(socket, true, &tuple);
@@ -207,8 +229,25 @@ static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state)
     if (!entry || entry->client_cookie != cookie)
         return;
     u32 acknowledged = LOAD(u32, socket, tcp_snd_una) - entry->initial_sequence;
-    if (old_state == TCP_SYN_SENT_STATE || old_state >= TCP_CLOSE_WAIT_STATE || acknowledged > 1)
+    bool refused = LOAD(u32, socket, sock_err) != 0 ||
+                   !(LOAD(u8, socket, tcp_syn_data) & MASK_tcp_syn_data);
+    if ((old_state == TCP_SYN_SENT_STATE && refused) || old_state >= TCP_CLOSE_WAIT_STATE ||
+        acknowledged > 1)
         pending.delete(&tuple);
+    else if (over)
+        __sync_fetch_and_add(&entry->client_gone, 1);
+}
+
+/* A server socket was reset before accept(). Should nobody accept it, no event tells
+ * when it goes; but one tells when its listener does, and the sweeper looks there. */
+static __always_inline void wait_in_queue(struct connection *record, struct server_socket *server,
+                                          u64 cookie)
+{
+    u64 listener_cookie = record->listener_cookie;
+    u32 present = 1;
+    record->closed_in_queue = 1;
+    if (listener_cookie && reset_in_queue.update(&listener_cookie, &present) != 0)
+        server_end_gone(server, cookie);
 }
 
 /* A socket reaches TCP_CLOSE. If a descriptor is left its owner can still ask: after
@@ -228,7 +267,7 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
     bool over = (!has_descriptor && !in_queue) || was_disconnected(socket, old_state) ||
                 LOAD(u8, socket, tcp_is_mptcp) & MASK_tcp_is_mptcp;
     if (!server) {
-        drop_pending(socket, cookie, old_state);
+        drop_pending(socket, cookie, old_state, over);
         if (over) {
             client_end_gone(cookie);
         } else {
@@ -242,7 +281,7 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
     } else {
         struct connection *record = connections.lookup(&cookie);
         if (record && in_queue)
-            record->closed_in_queue = 1;
+            wait_in_queue(record, server, cookie);
         else if (record)
             record->closed_with_descriptor = 1;
     }
@@ -295,6 +334,7 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool 
         return false;
 
     read_tuple(socket, true, &tuple);
+    forget_tuple(&tuple);
     entry.published_ns = boot_time_ns();
     entry.client_cookie = cookie;
     entry.initial_sequence = LOAD(u32, socket, tcp_write_seq);
@@ -338,7 +378,7 @@ static __always_inline void inherit_absence(u64 server_cookie, struct tuple *tup
  * DROP_NONE, or why it must go again. */
 static __always_inline enum drop fill(struct connection *record, struct pending *entry,
                                       struct server_socket *server, struct tuple *tuple,
-                                      u64 server_cookie)
+                                      u64 server_cookie, u32 initial_sequence)
 {
     u64 published_ns = entry->published_ns;
     u64 client_cookie = entry->client_cookie;
@@ -351,13 +391,25 @@ static __always_inline enum drop fill(struct connection *record, struct pending 
         record->listener_cookie = server->listener_cookie;
         record->listener = server->listener;
     }
-    /* The entry may have been deleted and its memory used again while it was
-     * copied. If the same connect() is still there, it was not. */
+    /* The entry may have been deleted and its memory used again since it was found,
+     * for another tuple or for this one. If the same connect() of this very SYN is
+     * there, it was not. */
     entry = pending.lookup(tuple);
-    if (!entry || entry->published_ns != published_ns || entry->client_cookie != client_cookie)
+    if (!entry || entry->published_ns != published_ns || entry->client_cookie != client_cookie ||
+        entry->initial_sequence != initial_sequence)
         return DROP_OVERTAKEN;
-    if (by_client.update(&client_cookie, &server_cookie) != 0)
-        return DROP_INDEX_FULL;
+
+    /* A client that is gone by now is counted here. One that goes meanwhile sets the
+     * mark before it looks for its pointer, and the pointer is written before the mark
+     * is read again: whoever deletes the pointer counts. */
+    if (entry->client_gone) {
+        record->ends_gone = 1;
+    } else {
+        if (by_client.update(&client_cookie, &server_cookie) != 0)
+            return DROP_INDEX_FULL;
+        if (entry->client_gone && by_client.delete(&client_cookie) == 0)
+            __sync_fetch_and_add(&record->ends_gone, 1);
+    }
     if (by_tuple.update(tuple, &server_cookie) != 0) {
         by_client.delete(&client_cookie);
         return DROP_INDEX_FULL;
@@ -375,10 +427,13 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     read_tuple(socket, false, &tuple);
     struct pending *entry = pending.lookup(&tuple);
     if (!entry) {
+        forget_tuple(&tuple);
         inherit_absence(server_cookie, &tuple);
         return false;
     }
-    if (entry->initial_sequence + 1 != LOAD(u32, socket, tcp_rcv_nxt)) {
+    u32 initial_sequence = LOAD(u32, socket, tcp_rcv_nxt) - 1;
+    if (entry->initial_sequence != initial_sequence) {
+        forget_tuple(&tuple);
         drop_record(DROP_OTHER_SYN, 0, server_cookie, &tuple);
         return false;
     }
@@ -401,14 +456,14 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
         reason = DROP_OVERTAKEN;
         goto dropped;
     }
-    reason = fill(record, entry, server, &tuple, server_cookie);
+    reason = fill(record, entry, server, &tuple, server_cookie, initial_sequence);
     if (reason != DROP_NONE) {
         connections.delete(&server_cookie);
         goto dropped;
     }
     server->role = ROLE_CHILD;
     server->gone = 0;
-    server->is_client = record->client_cookie == server_cookie;
+    server->is_client = LOAD(u64, socket, sock_socket) != 0;
     /* An atomic operation, so that it is not moved before what it vouches for. */
     __sync_fetch_and_add(&record->established_ns, boot_time_ns());
     pending.delete(&tuple);
@@ -416,6 +471,7 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
 
 dropped:
     pending.delete(&tuple);
+    forget_tuple(&tuple);
     drop_record(reason, client_cookie, server_cookie, &tuple);
     return false;
 }

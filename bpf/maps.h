@@ -12,6 +12,9 @@ BPF_F_TABLE("hash", u64, struct connection, connections, MAX_CONNECTIONS, BPF_F_
 BPF_F_TABLE("hash", struct tuple, u64, by_tuple, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u64, u64, by_client, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
+/* Cookies of listeners that had a server socket reset in their accept queue. */
+BPF_F_TABLE("hash", u64, u32, reset_in_queue, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+
 /* An array, not an LRU hash: one store instead of a microsecond for each connection. */
 BPF_F_TABLE("array", int, u64, absences, ABSENCE_SLOTS, 0);
 

@@ -70,7 +70,7 @@ struct pending {
     /* The SYN's sequence number. A server socket born of another SYN with the
      * same tuple is not this client's. */
     u32 initial_sequence;
-    u32 padding;
+    u32 client_gone; /* nobody can ask from that end any more */
     struct credentials client;
 };
 
@@ -96,7 +96,7 @@ struct connection {
 struct server_socket {
     u16 role;
     u8 gone;      /* the server end was counted in connection.ends_gone */
-    u8 is_client; /* a socket connected to itself is both ends */
+    u8 is_client; /* a simultaneous open: both ends called connect() */
     u32 padding;
     u64 listener_cookie;
     struct credentials listener;

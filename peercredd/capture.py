@@ -59,6 +59,7 @@ REQUIRED = {
 BITFIELDS = {
     "tcp_fastopen_connect": "tcp_sock.fastopen_connect",
     "tcp_is_mptcp": "tcp_sock.is_mptcp",
+    "tcp_syn_data": "tcp_sock.syn_data",
 }
 """Required too; the compiler gets a byte offset and a mask."""
 
@@ -116,6 +117,7 @@ MAPS = (
     "connections",
     "by_tuple",
     "by_client",
+    "reset_in_queue",
     "absences",
     "older",
     "drops",

@@ -81,8 +81,9 @@ UNSET_ID = 0xFFFFFFFF
 
 V4_MAPPED = bytes(10) + b"\xff\xff"
 
-PENDING_HEAD = struct.Struct("=QQI4x")
-"""``struct pending`` up to its credentials: published_ns, client_cookie, initial_sequence."""
+PENDING_HEAD = struct.Struct("=QQII")
+"""``struct pending`` up to its credentials: published_ns, client_cookie, initial_sequence and
+client_gone."""
 PENDING_SIZE = PENDING_HEAD.size + CREDENTIALS.size
 
 CONNECTION_HEAD = struct.Struct("=4Q")

@@ -19,10 +19,9 @@ from pyroute2.netlink import diag
 
 from peercredd.records import V4_MAPPED
 
-# A TIME_WAIT row bears the cookie of a socket that is closed, and what is in CLOSE
-# is in none of the kernel's tables.
-_LISTENING = 1 << diag.SS_LISTEN
-_CONNECTED = diag.SS_ALL & ~(1 << diag.SS_TIME_WAIT | 1 << diag.SS_CLOSE | _LISTENING)
+# LISTEN has no peer, a TIME_WAIT row bears the cookie of a socket that is closed, and
+# what is in CLOSE is in none of the kernel's tables.
+_STATES = diag.SS_ALL & ~(1 << diag.SS_LISTEN | 1 << diag.SS_TIME_WAIT | 1 << diag.SS_CLOSE)
 
 _HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port."""
@@ -46,32 +45,28 @@ class Socket(NamedTuple):
     remote_port: int
 
 
-def sockets(*, listening: bool = False) -> Iterator[Socket]:
-    """List the TCP sockets of the calling thread's network namespace.
+def sockets() -> Iterator[Socket]:
+    """List the TCP sockets of the calling thread's network namespace that have a peer.
 
     A multipath socket is listed by its subflows. Not listed is a socket in state CLOSE,
     though a descriptor of it may be open. While others come and go, a socket that is
     there throughout can be missed: inet_diag_dump_icsk() resumes by its number in a
     hash chain. Only one that is missed twice is gone.
 
-    Args:
-        listening: with those that listen, not only those that have a peer.
-
     Raises:
         OSError: the kernel does not tell.
     """
-    states = _CONNECTED | _LISTENING if listening else _CONNECTED
     for family in (socket.AF_INET, socket.AF_INET6):
-        yield from _dump(family, socket.IPPROTO_TCP, states)
+        yield from _dump(family, socket.IPPROTO_TCP)
 
 
-def _dump(family: int, protocol: int, states: int) -> Iterator[Socket]:
+def _dump(family: int, protocol: int) -> Iterator[Socket]:
     request = diag.inet_diag_req()
     request["header"]["type"] = diag.SOCK_DIAG_BY_FAMILY
     request["header"]["flags"] = netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP
     request["sdiag_family"] = family
     request["sdiag_protocol"] = protocol
-    request["idiag_states"] = states
+    request["idiag_states"] = _STATES
     request.encode()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, netlink.NETLINK_SOCK_DIAG) as channel:
         channel.send(request.data)

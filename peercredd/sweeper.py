@@ -38,6 +38,7 @@ class Tables(NamedTuple):
     connections: Map
     by_tuple: Map
     by_client: Map
+    reset_in_queue: Map
     absences: Map
 
 
@@ -94,6 +95,8 @@ def sweep(tables: Tables, pending_age_ns: int, record_age_ns: int) -> dict[str, 
     overdue = [entry for entry in pending if entry.age_ns > PENDING_LIMIT_NS]
     lost = _dead([entry for entry in pending if entry.age_ns <= PENDING_LIMIT_NS])
     aged = [entry for entry in connections.values() if entry.age_ns > record_age_ns]
+    listeners = set(tables.reset_in_queue.keys())
+    forgotten = [entry for entry in aged if _is_forgotten_in_queue(entry.value, listeners)]
     dead = _dead([entry for entry in aged if not _is_out_of_sight(entry.value)])
     dangling = [
         (index, key, cookie)
@@ -106,7 +109,7 @@ def sweep(tables: Tables, pending_age_ns: int, record_age_ns: int) -> dict[str, 
         "pending_removed": sum(
             _remove(tables.pending, entry.key, entry.value) for entry in overdue + lost
         ),
-        "records_removed": sum(_retire(tables, entry) for entry in dead),
+        "records_removed": sum(_retire(tables, entry) for entry in forgotten + dead),
         "pointers_removed": sum(
             tables.connections.lookup(cookie) is None and _remove(index, key, cookie)
             for index, key, cookie in dangling
@@ -118,7 +121,7 @@ def sweep(tables: Tables, pending_age_ns: int, record_age_ns: int) -> dict[str, 
 def _pending(tables: Tables) -> Iterator[Entry]:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     for key, value in tables.pending.items():
-        published_ns, client, _ = records.PENDING_HEAD.unpack_from(value)
+        published_ns, client, *_ = records.PENDING_HEAD.unpack_from(value)
         netns_cookie, *_ = records.TUPLE.unpack(key)
         yield Entry(key, value, key, now_ns - published_ns, netns_cookie, frozenset((client,)))
 
@@ -126,22 +129,15 @@ def _pending(tables: Tables) -> Iterator[Entry]:
 def _connections(tables: Tables) -> Iterator[Entry]:
     now_ns = time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     for key, record in tables.connections.items():
-        established_ns, server, client, listener = records.CONNECTION_HEAD.unpack_from(record)
+        established_ns, server, client, _ = records.CONNECTION_HEAD.unpack_from(record)
         if not established_ns:  # it is being written
             continue
         value = record[: records.CLIENT_OFFSET]
         addresses = value[records.CONNECTION_TUPLE_OFFSET : records.CONNECTION_ENDS_OFFSET]
         netns_cookie, *_ = records.TUPLE.unpack(addresses)
-        ends = records.ends(record)
-        sockets = {client}
-        if not ends.server_gone:
-            sockets.add(server)
-            # Its listener, while there is one, may still hand it out.
-            if ends.closed_in_queue:
-                sockets.add(listener)
-        yield Entry(
-            key, value, addresses, now_ns - established_ns, netns_cookie, frozenset(sockets)
-        )
+        server_gone = records.ends(record).server_gone
+        sockets = frozenset((client,) if server_gone else (client, server))
+        yield Entry(key, value, addresses, now_ns - established_ns, netns_cookie, sockets)
 
 
 def _dead(entries: list[Entry]) -> list[Entry]:
@@ -164,7 +160,7 @@ def _live_sockets(wanted: set[int]) -> dict[int, set[int]]:
             break
         with namespaces.entered(namespace) as netns_cookie:
             if netns_cookie in wanted:
-                live[netns_cookie] = {each.cookie for each in sockdiag.sockets(listening=True)}
+                live[netns_cookie] = {each.cookie for each in sockdiag.sockets()}
     return live
 
 
@@ -217,17 +213,32 @@ def _mend(tables: Tables, unindexed: list[Entry]) -> int:
 
 
 def _is_out_of_sight(record: bytes) -> bool:
-    """Whether a socket that nothing lists may have an owner who can ask."""
+    """Whether a socket that sock_diag does not list may have an owner who can ask."""
     ends = records.ends(record)
-    client_gone = ends.gone > ends.server_gone
-    if ends.client_closed_with_descriptor and not client_gone:
+    if ends.client_closed_with_descriptor and not _client_is_gone(ends):
         return True
-    if ends.server_gone:
-        return False
-    if ends.closed_in_queue:
-        *_, listener = records.CONNECTION_HEAD.unpack_from(record)
-        return not listener  # a listener that is known answers for it
-    return ends.closed_with_descriptor
+    return not ends.server_gone and (ends.closed_in_queue or ends.closed_with_descriptor)
+
+
+def _is_forgotten_in_queue(record: bytes, listeners: set[bytes]) -> bool:
+    """Whether a server socket was reset in the accept queue of a listener that is gone.
+
+    If somebody accepted it before, and still has it, nothing that the kernel tells would
+    show that: this gives up an answer about a dead connection, lest the table fill up.
+    """
+    ends = records.ends(record)
+    *_, listener = records.CONNECTION_HEAD.unpack_from(record)
+    return (
+        ends.closed_in_queue
+        and not ends.server_gone
+        and _client_is_gone(ends)
+        and listener != 0  # one older than the capture has no entry to go by
+        and _u64(listener) not in listeners
+    )
+
+
+def _client_is_gone(ends: records.Ends) -> bool:
+    return ends.gone > ends.server_gone
 
 
 def _u64(number: int) -> bytes:

@@ -58,7 +58,7 @@ def test_tuples_are_packed_as_the_kernel_side_packs_them(compiled: Any) -> None:
 
 def test_pending_connects_are_decoded_where_they_are_written(compiled: Any) -> None:
     leaf = compiled[b"pending"].Leaf
-    names = ("published_ns", "client_cookie", "initial_sequence")
+    names = ("published_ns", "client_cookie", "initial_sequence", "client_gone")
 
     assert members(leaf) == {
         **dict(zip(names, offsets(records.PENDING_HEAD), strict=True)),
