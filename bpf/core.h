@@ -265,6 +265,7 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
     bool in_queue = server && !has_descriptor && LOAD(u32, socket, sock_err) != 0;
     /* A subflow of MPTCP has no descriptor of its own: no release will come. */
     bool over = (!has_descriptor && !in_queue) || was_disconnected(socket, old_state) ||
+                old_state == TCP_SYN_SENT_STATE || /* it never had a peer to ask about */
                 LOAD(u8, socket, tcp_is_mptcp) & MASK_tcp_is_mptcp;
     if (!server) {
         drop_pending(socket, cookie, old_state, over);

@@ -22,13 +22,15 @@ static __always_inline int read_groups(u64 cred, struct credentials *to)
     return size ? read_kernel(to->groups, size, group_info + OFFSET_group_info_gid) : 0;
 }
 
-/* What a kernel may lack: each has its own bit in `known`. */
+/* What a kernel may lack: each has its own bit in `known`. None of those that hang on
+ * a pointer is ever 0; a load through a bad one is. */
 static __always_inline void read_optional(u64 task, u64 cred, struct credentials *to)
 {
 #ifdef OFFSET_task_start_boottime
     to->process_start_time_ns =
         LOAD(u64, LOAD(u64, task, task_group_leader), task_start_boottime);
-    to->known |= HAS_START_TIME;
+    if (to->process_start_time_ns)
+        to->known |= HAS_START_TIME;
 #endif
 #ifdef OFFSET_cred_cap_effective
     /* Two u32 before 6.3 (f122a08b197d), one u64 since. */
@@ -52,7 +54,8 @@ static __always_inline void read_optional(u64 task, u64 cred, struct credentials
 #ifdef OFFSET_task_cgroups
     u64 cgroup = LOAD(u64, LOAD(u64, task, task_cgroups), css_set_dfl_cgrp);
     to->cgroup_id = LOAD(u64, LOAD(u64, cgroup, cgroup_kn), kernfs_node_id);
-    to->known |= HAS_CGROUP_ID;
+    if (to->cgroup_id)
+        to->known |= HAS_CGROUP_ID;
 #endif
 }
 
@@ -70,12 +73,14 @@ static __always_inline void read_namespaces(u64 task, u64 cred, struct credentia
 #endif
 #ifdef OFFSET_cred_user_ns
     to->user_namespace = LOAD(u32, LOAD(u64, cred, cred_user_ns), user_namespace_inum);
-    to->known |= HAS_USER_NAMESPACE;
+    if (to->user_namespace)
+        to->known |= HAS_USER_NAMESPACE;
 #endif
 #ifdef OFFSET_task_nsproxy
     u64 network = LOAD(u64, LOAD(u64, task, task_nsproxy), nsproxy_net_ns);
     to->network_namespace = LOAD(u32, network, net_inum);
-    to->known |= HAS_NETWORK_NAMESPACE;
+    if (to->network_namespace)
+        to->known |= HAS_NETWORK_NAMESPACE;
 #endif
 }
 

@@ -134,7 +134,8 @@ def _fingerprint(settings: dict[str, Any], cgroup: Path) -> str:
     """Of all that makes one capture differ from another."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     digest.update(str(cgroup.stat().st_ino).encode())
-    for source in sorted(capture.source_folder().rglob("*.[ch]")):
+    # This module is among them: it writes what the store reads of a capture.
+    for source in (Path(__file__), *sorted(capture.source_folder().rglob("*.[ch]"))):
         digest.update(source.read_bytes())
     return digest.hexdigest()
 

@@ -6,6 +6,7 @@ that have one.
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import socket
@@ -14,6 +15,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
+
+from peercredd.libbpf import KernelError
 
 _SO_NETNS_COOKIE = 71  # asm-generic/socket.h; not in the socket module
 
@@ -86,10 +89,16 @@ def own_cookie() -> int:
     """Cookie of the network namespace that the calling thread is in.
 
     Raises:
-        OSError: the kernel is older than 5.14 and has none.
+        KernelError: the kernel is older than 5.14 and has none.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as anchor:
-        cookie = anchor.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        try:
+            cookie = anchor.getsockopt(socket.SOL_SOCKET, _SO_NETNS_COOKIE, 8)
+        except OSError as error:
+            raise KernelError(
+                error.errno or errno.ENOPROTOOPT,
+                "this kernel gives network namespaces no cookie; Linux 5.14 or newer is needed",
+            ) from error
     return int.from_bytes(cookie, sys.byteorder)
 
 

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from harness import oracle, steps
-from harness.actors import Actor
+from harness.actors import Actor, Origin
+from harness.cgroup import Cgroup
 from harness.daemon import Daemon
 from harness.routes import USUAL
 from harness.stage import Listener, Stage
@@ -180,3 +181,43 @@ def test_an_old_client_socket_answers_with_its_own_listener_by_cookie(
     assert oracle.ask_raw(daemon.address, key).peer.uid == CAROL
     key.socket_cookie = old_cookie
     assert uid_or_reason(daemon, key) in (SERVICE, "RETIRED")
+
+
+@ways_to_end
+def test_a_newer_connection_without_a_record_does_not_get_the_older_ones_name(
+    stage: Stage, daemon: Daemon, route: Route, end: End
+) -> None:
+    listener, server, old, alice, ends = first_connection(stage, route)
+    names = Names(server, old.tcp)
+    end(alice, ends.tcp, server, old.tcp)
+    with (
+        Cgroup() as uncaptured,
+        Origin(uncaptured) as origin,
+        Stage(origin, stage.client) as elsewhere,
+    ):
+        bob = elsewhere.actor(BOB)
+        elsewhere.connect(bob, listener, local=names.client)
+        new = server(steps.accept, listener.fds)
+
+        assert uid_or_reason(daemon, names.key()) == "NEVER_SEEN"
+        assert stage.refusal(server, new.tcp) == "NEVER_SEEN"
+        assert stage.peer(server, old)[:2] == (alice.pid, ALICE)
+        server(steps.close, new)
+
+
+def test_a_tuple_turned_round_is_another_connection(
+    stage: Stage, daemon: Daemon, route: Route
+) -> None:
+    listener, server, old, alice, ends = first_connection(stage, route)
+    names = Names(server, old.tcp)
+    by_reset(alice, ends.tcp, server, old.tcp)
+    server(steps.close, listener.fds)
+    second_server, bob = stage.actor(CAROL), stage.actor(BOB)
+    second = stage.listen(second_server, route, port=names.client[1])
+    new_ends = stage.connect(bob, second, local=(names.local[0], names.local[1]))
+    new = second_server(steps.accept, second.fds)
+    assert second_server(steps.names, new.tcp) == (names.remote, names.local)
+
+    assert stage.peer(bob, new_ends)[:2] == (second_server.pid, CAROL)
+    assert stage.peer(second_server, new)[:2] == (bob.pid, BOB)
+    assert oracle.ask_raw(daemon.address, names.key()).peer.uid == CAROL
