@@ -9,13 +9,22 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args, get_origin
 
 import click
-import msgspec
 from click.shell_completion import get_completion_class
+
+try:
+    import msgspec
+except ModuleNotFoundError:
+    # The command is there without the extra, which alone brings what it needs.
+    sys.exit(
+        "peercredd: only the client is installed here; install the daemon too: "
+        "pip install '<source>[daemon]' (docs/operations.md)"
+    )
 
 import peercredd
 from peercredd import config, defaults
@@ -32,8 +41,31 @@ class _Failure(click.ClickException):
         click.echo(f"peercredd: {self.message}", file=file or sys.stderr)
 
 
-class _BadConfig(_Failure):
+class _Misuse(_Failure):
+    """Bad usage or configuration."""
+
     exit_code = 2
+
+
+@contextmanager
+def _misuse_in_one_line() -> Iterator[None]:
+    try:
+        yield
+    except click.UsageError as error:
+        command = error.ctx.command_path if error.ctx else "peercredd"
+        # click breaks some of its texts over lines.
+        reason = " ".join(error.format_message().split()).rstrip(".")
+        raise _Misuse(f"{reason}; see {command} --help") from error
+
+
+class _Program(click.Group):
+    def make_context(self, *arguments: Any, **extra: Any) -> click.Context:
+        with _misuse_in_one_line():
+            return super().make_context(*arguments, **extra)
+
+    def invoke(self, context: click.Context) -> Any:
+        with _misuse_in_one_line():
+            return super().invoke(context)
 
 
 def _examples(*lines: str) -> str:
@@ -75,6 +107,7 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
 
 
 @click.group(
+    cls=_Program,
     invoke_without_command=True,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog=_examples(
@@ -82,6 +115,7 @@ def _show_version(context: click.Context, _: click.Parameter, wanted: bool) -> N
         "sudo peercredd --group staff --log-level debug",
         "sudo peercredd --cgroup /sys/fs/cgroup/user.slice",
         "sudo peercredd --pin-dir /sys/fs/bpf/try --socket /run/try/peercredd.sock",
+        "peercredd config > try.toml                 a file with every option, to edit",
         "peercredd --config ./try.toml config        what would be in force, and why",
         "sudo peercredd check                        can this machine run it?",
     ),
@@ -109,11 +143,11 @@ def main(context: click.Context, /, config_file: Path | None, **given: Any) -> N
     Without a COMMAND, run the daemon in the foreground until SIGTERM or SIGINT;
     a second one ends it at once. Ask it with peercred(1).
 
-    Each option stands in the configuration file too (packaging/peercredd.toml has
-    them all, with their defaults); one given here wins. Options go before the
-    COMMAND.
+    Each option stands in the configuration file too: see peercredd.toml(5), or
+    `peercredd config`; one given here wins. Options go before the COMMAND.
 
     Exit status: 0 stopped as asked, 1 failure, 2 bad usage or configuration.
+    Errors are one line on stderr: what is wrong; what mends it.
     """
     flags = {
         key: given[_parameter(option)]
@@ -125,7 +159,7 @@ def main(context: click.Context, /, config_file: Path | None, **given: Any) -> N
         try:
             return config.load(config_file, flags)
         except config.ConfigError as error:
-            raise _BadConfig(str(error)) from error
+            raise _Misuse(str(error)) from error
 
     context.obj = load
     if context.invoked_subcommand is None:

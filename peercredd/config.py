@@ -228,7 +228,7 @@ def _read(path: Path, *, may_be_missing: bool) -> Iterator[tuple[str, Any]]:
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; TOML has to be") from error
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path}: not valid TOML: {error}") from error
+        raise ConfigError(f"{path}: not valid TOML: {error}; mend that line") from error
     for table, content in document.items():
         if table not in TABLES:
             what = "table" if isinstance(content, dict) else "option"

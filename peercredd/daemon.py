@@ -62,7 +62,7 @@ async def _until_signalled(config: Config, cgroup: Path) -> None:
     def stop(number: signal.Signals) -> None:
         nonlocal stopping
         if stopping:
-            log.error("forced to stop: 'peercredd unload' ends the capture if it is still there")
+            log.error("forced to stop; 'peercredd unload' ends the capture if it is still there")
             os._exit(1)
         stopping = True
         log.info("stopping", signal=number.name)

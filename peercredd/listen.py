@@ -56,7 +56,7 @@ class UnixSocket:
         if length > _PATH_LIMIT:
             raise ListenError(
                 f"{self._path}: {length} bytes long, a unix socket's path has at most "
-                f"{_PATH_LIMIT}: choose a shorter one"
+                f"{_PATH_LIMIT}; choose a shorter one"
             )
         with _explained(self._path), ExitStack() as undo:
             _make_folder(self._path.parent)
@@ -97,7 +97,7 @@ class UnixSocket:
             return 0o660, grp.getgrnam(self._group).gr_gid
         except KeyError:
             log.warning(
-                "no such group, so only root may ask: create it and restart",
+                "no such group, so only root may ask; create it and restart",
                 group=self._group,
                 socket=str(self._path),
             )
@@ -123,7 +123,9 @@ def _explained(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        raise ListenError(f"cannot listen at {path}: {where}{error.strerror}") from error
+        raise ListenError(
+            f"cannot listen at {path}: {where}{error.strerror}; mend that or choose another path"
+        ) from error
 
 
 def _make_folder(folder: Path) -> None:
@@ -167,7 +169,7 @@ def _require_free(path: Path) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(mode):
-        raise ListenError(f"{path}: exists and is not a socket: remove it or choose another path")
+        raise ListenError(f"{path}: exists and is not a socket; remove it or choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_NONBLOCK) as probe:
         try:
             probe.connect(str(path))
@@ -181,4 +183,4 @@ def _require_free(path: Path) -> None:
 
 def _in_use(path: Path, pid: str) -> ListenError:
     holder = f"process {pid}" if pid else "another process"
-    return ListenError(f"{path}: in use by {holder}: stop it or choose another path")
+    return ListenError(f"{path}: in use by {holder}; stop it or choose another path")

@@ -44,6 +44,7 @@ def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
             foreign_pre_chain=shared,
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                _headline_first,
                 _WithPriority(render) if journal else render,
             ],
         )
@@ -68,6 +69,11 @@ def _stderr_is_journal() -> bool:
     """Whether stderr is still what systemd connected, see JOURNAL_STREAM in systemd.exec(5)."""
     stderr = os.fstat(sys.stderr.fileno())
     return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
+
+
+def _headline_first(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    headline = {key: event.pop(key) for key in ("event", "level", "timestamp") if key in event}
+    return {**headline, **event}
 
 
 class _WithPriority:

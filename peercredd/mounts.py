@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 MOUNTINFO = Path("/proc/self/mountinfo")
+CGROUP_MOUNT = Path("/sys/fs/cgroup")
 
 
 class CgroupError(Exception):
@@ -18,13 +20,15 @@ def mount_points(filesystem: str, mountinfo: Path = MOUNTINFO) -> list[Path]:
     A bind mount of one of its folders is left out: it does not show the whole. The
     format is that of proc_pid_mountinfo(5).
     """
-    points = []
+    return [point for mounted, point in _whole_mounts(mountinfo) if mounted == filesystem]
+
+
+def _whole_mounts(mountinfo: Path) -> Iterator[tuple[str, Path]]:
     for line in mountinfo.read_text(errors="surrogateescape").splitlines():
         fields, _, source = line.partition(" - ")
         _, _, _, root, point, *_ = fields.split(" ")
-        if source.split(" ")[0] == filesystem and root == "/":
-            points.append(Path(_unescaped(point)))
-    return points
+        if root == "/":
+            yield source.split(" ")[0], Path(_unescaped(point))
 
 
 def _unescaped(path: str) -> str:
@@ -40,7 +44,7 @@ def cgroup_directory(configured: str, mountinfo: Path = MOUNTINFO) -> Path:
     roots = mount_points("cgroup2", mountinfo)
     if not roots:
         raise CgroupError(
-            "no cgroup v2 hierarchy is mounted; mount it: mount -t cgroup2 none /sys/fs/cgroup"
+            f"no cgroup v2 hierarchy is mounted; mount it: {_how_to_mount(mountinfo)}"
         )
     if configured == "root":
         return roots[0]
@@ -52,3 +56,11 @@ def cgroup_directory(configured: str, mountinfo: Path = MOUNTINFO) -> Path:
             f"capture.cgroup: {path} is no cgroup v2 directory; name one in {roots[0]}"
         )
     return path
+
+
+def _how_to_mount(mountinfo: Path) -> str:
+    # On a hybrid host the v1 controllers are mounted in a tmpfs there: keep them in sight.
+    if ("tmpfs", CGROUP_MOUNT) in _whole_mounts(mountinfo):
+        unified = CGROUP_MOUNT / "unified"
+        return f"mkdir -p {unified} && mount -t cgroup2 none {unified}"
+    return f"mount -t cgroup2 none {CGROUP_MOUNT}"

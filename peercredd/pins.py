@@ -145,8 +145,7 @@ def _make(pin_dir: Path) -> None:
     if not on_bpffs:
         raise KernelError(
             errno.EINVAL,
-            f"{pin_dir} is not on a BPF file system; choose a --pin-dir below {BPFFS_MOUNT}, "
-            f"or mount one: mount -t bpf bpf {existing}",
+            f"{pin_dir} is not on a BPF file system; choose a --pin-dir below {BPFFS_MOUNT}",
         )
 
 

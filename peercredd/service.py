@@ -34,7 +34,7 @@ _NOT_FOUND = {
         Reason.NEVER_SEEN: "no connect() of that connection on this host was recorded",
         Reason.OLDER_THAN_CAPTURE: "that connection, or the listener asked about, was there "
         "before capture began",
-        Reason.TABLE_WAS_FULL: "that connection was seen, there was no room to record it: "
+        Reason.TABLE_WAS_FULL: "that connection was seen, and there was no room to record it; "
         "see 'peercred status'",
         Reason.RETIRED: "that connection was recorded and has been closed since",
         Reason.NOT_LOCAL: "one end of that connection is not an address of this host",
@@ -43,7 +43,7 @@ _NOT_FOUND = {
 _CAPTURE_LOST = encode.error(
     code_pb2.UNAVAILABLE,
     "CAPTURE_LOST",
-    "that connection is not recorded, and capture is not in place: restart peercredd",
+    "nothing is known of that connection, and capture is not in place; restart peercredd",
 )
 
 

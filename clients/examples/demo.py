@@ -239,9 +239,16 @@ def compare(visitors: Sequence[Visitor], address: str) -> bool:
                 f"{visitor.user.pw_name}, pid {visitor.pid}",
                 *(coloured(claim, visitor) for claim in claims.values()),
             )
-    console.print(table)
+    with console.capture() as captured:
+        console.print(table)
+    print(*(line.rstrip() for line in captured.get().splitlines()), sep="\n")
     counts = ", ".join(f"{name} {count}" for name, count in named.items())
     console.print(f"\nRight about the user, of {len(visitors)}: [bold]{counts}[/]")
+    console.print(
+        "(/proc/net/tcp says root of every closed socket, so it is right where the client "
+        "was root.\nThe last client reset its connection: no socket is left.)",
+        soft_wrap=True,
+    )
     return named["peercredd"] == len(visitors)
 
 

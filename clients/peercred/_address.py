@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 from urllib.parse import unquote
 
@@ -13,6 +14,12 @@ ENVIRONMENT_VARIABLE = "PEERCRED_ADDRESS"
 
 _SUN_PATH_MAX = 107
 """Bytes of a path that ``struct sockaddr_un`` holds beside the closing NUL, unix(7)."""
+
+_OTHER_ADDRESS = re.compile(r"unix-abstract:.+|.+:[0-9]+")
+"""What gRPC takes besides a path. It would look up a lone word as a host name."""
+
+_NO_CONNECTION = "failed to connect to all addresses"
+"""How gRPC's text begins when no connection came about, or none that the server kept."""
 
 _START = "start it with `sudo peercredd` or `systemctl start peercredd`"
 
@@ -30,20 +37,24 @@ def resolve(address: str | None) -> str:
         address = os.environ.get(ENVIRONMENT_VARIABLE, DEFAULT_ADDRESS)
     if not address:
         raise InvalidArgument(
-            f"{source} is empty: give a gRPC address such as {DEFAULT_ADDRESS}, or none", source
+            f"{source} is empty; give a gRPC address such as {DEFAULT_ADDRESS}, or none", source
         )
     if address.startswith("/"):
-        raise InvalidArgument(f"{source} is a bare path: write unix:{address}", source)
+        raise InvalidArgument(f"{source} is a bare path; write unix:{address}", source)
     path = _unix_path(address)
     if path is None:
+        if not _OTHER_ADDRESS.fullmatch(address):
+            raise InvalidArgument(
+                f"{source} {address!r} is no address; write unix:/path or HOST:PORT", source
+            )
         return address
     if not path or (address.startswith("unix://") and not path.startswith("/")):
         raise InvalidArgument(
-            f"{source} {address!r} names no path: write unix:/path or unix:///path", source
+            f"{source} {address!r} names no path; write unix:/path or unix:///path", source
         )
     if len(os.fsencode(path)) > _SUN_PATH_MAX:
         raise InvalidArgument(
-            f"{source} {address!r} is too long: a socket's path has at most {_SUN_PATH_MAX} bytes",
+            f"{source} {address!r} is too long; a socket's path has at most {_SUN_PATH_MAX} bytes",
             source,
         )
     return address
@@ -72,26 +83,36 @@ def why_silent(address: str, details: str) -> PeerCredError:
     forbidden) and gRPC's text does not promise to.
     """
     path = _unix_path(address)
+    # In an error's text ";" stands before what mends it, and nowhere else.
+    details = details.replace(";", ",")
     if path is None:
-        return Unavailable(f"no daemon answers at {address} ({details}): {_START}")
+        return Unavailable(f"no daemon answers at {address} ({details}); {_START}")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except FileNotFoundError:
-            return Unavailable(f"no daemon at {address}, there is no such socket: {_START}")
+            return Unavailable(f"no daemon at {address}, there is no such socket; {_START}")
         except ConnectionRefusedError:
             return Unavailable(
-                f"no daemon at {address}, the socket is stale and nobody listens on it: {_START}"
+                f"no daemon at {address}, the socket is stale and nobody listens on it; {_START}"
             )
         except PermissionError:
             return Refused(
-                f"you may not connect to {address}: be root, or join the group peercredd "
+                f"you may not connect to {address}; be root, or join the group peercredd "
                 "(`sudo usermod -aG peercredd USER`, then log in again)"
             )
+        except BlockingIOError:
+            return _crowded(address)
         except OSError as error:
-            return Unavailable(f"no daemon at {address}, {error.strerror}: {_START}")
-    return Unavailable(f"the daemon at {address} broke off the call ({details}): ask again")
+            return Unavailable(f"no daemon at {address}, {error.strerror}; {_START}")
+    if details.startswith(_NO_CONNECTION):
+        return _crowded(address)
+    return Unavailable(f"the daemon at {address} broke off the call ({details}); ask again")
+
+
+def _crowded(address: str) -> Unavailable:
+    return Unavailable(f"the daemon at {address} has as many connections as it takes; ask again")
 
 
 def _unix_path(address: str) -> str | None:

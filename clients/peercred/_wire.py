@@ -75,7 +75,8 @@ def checked_timeout(seconds: float) -> float:
     """
     if not 0 < seconds <= _MAX_TIMEOUT:
         raise InvalidArgument(
-            f"timeout must be more than 0 and at most {_MAX_TIMEOUT} seconds: {seconds!r}",
+            f"timeout {seconds!r} cannot be waited for; give more than 0 and at most "
+            f"{_MAX_TIMEOUT} seconds",
             "timeout",
         )
     return seconds
@@ -97,7 +98,8 @@ def key_of_socket(sock: Socket) -> pb.ConnectionKey:
         is_stream = sock.getsockopt(socket.SOL_SOCKET, socket.SO_TYPE) == socket.SOCK_STREAM
         if protocol not in (socket.IPPROTO_TCP, socket.IPPROTO_MPTCP) or not is_stream:
             raise InvalidArgument(
-                f"the socket is no TCP socket: {sock.family!r}, {sock.type!r}", "sock"
+                f"the socket is no TCP socket ({sock.family!r}, {sock.type!r}); ask with another",
+                "sock",
             )
         key = pb.ConnectionKey()
         if protocol == socket.IPPROTO_TCP:
@@ -109,7 +111,7 @@ def key_of_socket(sock: Socket) -> pb.ConnectionKey:
                 raise
             if sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
                 raise InvalidArgument(
-                    "the socket listens: ask with a socket that accept() returned", "sock"
+                    "the socket listens; ask with a socket that accept() returned", "sock"
                 ) from None
             if protocol == socket.IPPROTO_MPTCP:
                 raise _not_connected() from None
@@ -118,7 +120,7 @@ def key_of_socket(sock: Socket) -> pb.ConnectionKey:
         key.netns_cookie = _cookie(sock, _SO_NETNS_COOKIE)
     except OSError as error:
         if error.errno == errno.EBADF:
-            raise InvalidArgument("the socket is closed", "sock") from None
+            raise InvalidArgument("the socket is closed; ask before it is", "sock") from None
         raise InvalidArgument(f"the socket cannot be asked: {error.strerror}", "sock") from error
     key.local.address, key.local.port = local[:2]
     key.remote.address, key.remote.port = remote[:2]
@@ -223,7 +225,7 @@ def peer_credentials(response: pb.LookupResponse) -> PeerCredentials:
         peer_end, basis = _ENDS[response.peer_end], _BASES[response.basis]
     except KeyError:
         raise PeerCredError(
-            "the daemon's answer does not say which end it is about and what it rests on: "
+            "the daemon's answer does not say which end it is about and what it rests on; "
             "upgrade this library to the daemon's version"
         ) from None
     return PeerCredentials(
@@ -297,7 +299,7 @@ def error_of_call(error: grpc.RpcError, address: str, timeout: float) -> PeerCre
 def no_answer_within(address: str, timeout: float) -> DeadlineExceeded:
     """Return the error for a daemon at `address` that took longer than `timeout` seconds."""
     return DeadlineExceeded(
-        f"the daemon at {address} did not answer within {timeout:g} s: "
+        f"the daemon at {address} did not answer within {timeout:g} s; "
         "see whether it is overloaded or stopped, or give a longer timeout"
     )
 
@@ -388,7 +390,9 @@ def _fields(message: pb.Credentials) -> dict[str, Any]:
     fields = {field.name: value for field, value in message.ListFields()}
     for name in ("pid", "uid", "gid"):
         if name not in fields:
-            raise PeerCredError(f"the daemon's answer has no {name}: unknown, which is not 0")
+            raise PeerCredError(
+                f"the daemon's answer has no {name}; take it for unknown, not for 0"
+            )
     if "groups" in fields:
         fields["groups"] = tuple(fields["groups"])
     if "comm" in fields:

@@ -199,6 +199,52 @@ def test_lookup_shows_who_is_at_the_other_end(peercred: Peercred) -> None:
     assert shown["no new privileges"] == "no"
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "shown"),
+    [
+        (0, "none"),
+        ((1 << int(Path("/proc/sys/kernel/cap_last_cap").read_text()) + 1) - 1, "all"),
+        (1 << 63, "8000000000000000"),
+    ],
+)
+def test_no_capability_and_all_of_them_are_said_in_words(
+    peercred: Peercred, canned: CannedDaemon, capabilities: int, shown: str
+) -> None:
+    canned.answer = found(effective_capabilities=capabilities)
+
+    (line,) = (row for row in peercred(*LOOKUP).stdout.splitlines() if row.startswith("capab"))
+
+    assert line.split() == ["capabilities", shown]
+
+
+def test_a_cookie_that_names_nothing_is_not_explained_by_addresses(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.answer = failure(code_pb2.NOT_FOUND, "nothing recorded", "NEVER_SEEN")
+
+    by_cookie, by_tuple = peercred("lookup", "--cookie", "3"), peercred(*LOOKUP)
+
+    assert "; the cookie is that of the asking end" in only_error(by_cookie)
+    assert "LOCAL" not in by_cookie.stderr
+    assert "; LOCAL is the asking end's own address" in only_error(by_tuple)
+
+
+def test_a_namespace_that_is_not_the_cookies_is_named_by_its_option(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.answer = failure(
+        code_pb2.INVALID_ARGUMENT, "no", "KEYS_DISAGREE", field="key.netns_cookie"
+    )
+
+    done = peercred("lookup", "--cookie", "3", "--netns-cookie", "99")
+
+    assert done.returncode == 2
+    assert only_error(done) == (
+        "peercred: --netns-cookie: 99 is not the network namespace of the socket that --cookie "
+        "names; leave it out"
+    )
+
+
 def test_what_the_kernel_does_not_tell_is_shown_as_unknown(
     peercred: Peercred, canned: CannedDaemon
 ) -> None:
@@ -683,6 +729,11 @@ def test_a_usage_error_is_one_line_and_one_document(
     assert json.loads(machine.stdout)["error"]["code"] == "usage"
 
 
+def test_an_option_without_its_value_points_to_the_help_of_its_command(peercred: Peercred) -> None:
+    assert only_error(peercred("lookup", "--cookie")).endswith("see `peercred lookup --help`")
+    assert only_error(peercred("--address")).endswith("see `peercred --help`")
+
+
 # options that every command takes
 
 
@@ -715,6 +766,14 @@ def test_the_help_lists_the_commands_and_the_exit_codes(peercred: Peercred) -> N
     assert all(f"\n  {command} " in shown.stdout for command in SUBCOMMANDS)
     assert "Exit codes:" in shown.stdout
     assert (alone.returncode, alone.stderr) == (2, shown.stdout)
+
+
+def test_the_help_of_lookup_says_that_a_cookie_stands_in_for_the_addresses(
+    peercred: Peercred,
+) -> None:
+    usage = peercred("lookup", "--help").stdout.splitlines()[0]
+
+    assert usage == "Usage: peercred lookup [OPTIONS] [LOCAL REMOTE | --cookie N]"
 
 
 def test_the_version_is_that_of_the_installed_package(peercred: Peercred, tmp_path: Path) -> None:
@@ -798,6 +857,22 @@ def test_doctor_finds_lost_hooks_and_wrong_answers_and_says_what_mends_them(
     assert all(check["mend"] for check in report["checks"] if check["outcome"] != "ok")
 
 
+@pytest.mark.parametrize("need", ["BTF", "BCC importable"])
+def test_doctor_tells_one_missing_thing_once(
+    peercred: Peercred, host_check: Callable[[str], None], need: str
+) -> None:
+    checks = [
+        {"name": name, "outcome": "failed", "detail": "no", "mend": "install it"}
+        for name in (need, "programs loadable")
+    ]
+    host_check(f"print({json.dumps(json.dumps({'checks': checks}))})")
+
+    first, second, *_ = json.loads(peercred("doctor", "--json").stdout)["checks"]
+
+    assert (first["outcome"], first["mend"]) == ("failed", "install it")
+    assert (second["outcome"], second["mend"]) == ("unknown", f"see '{need}'")
+
+
 def test_doctor_shows_each_mend_below_its_check(
     peercred: Peercred, host_check: Callable[[str], None]
 ) -> None:
@@ -828,8 +903,9 @@ def test_doctor_cannot_tell_of_hooks_when_no_daemon_answers(
 @pytest.mark.parametrize(
     ("program", "outcome", "detail", "mend"),
     [
-        ("import no_such_module", "failed", "No module named 'no_such_module'", "pip install"),
+        ("import no_such_module", "failed", "No module named 'no_such_module'", "operations.md"),
         ("raise SystemExit('peercredd: a bad file')", "failed", "a bad file", "peercredd check"),
+        ("raise SystemExit('peercredd: a; b: c')", "failed", "a", "b: c"),
         ("print('{')", "failed", "exit code 0", "peercredd check"),
         ("print('{\"checks\": 3}')", "failed", "exit code 0", "peercredd check"),
     ],

@@ -96,20 +96,26 @@ def test_who_may_not_open_the_socket_is_told_which_group_to_join(
                 "-c",
                 f"""
 import asyncio, os, peercred
-if os.geteuid() == 0:
-    os.setgroups([])
-    os.setresgid({OTHER_USER}, {OTHER_USER}, {OTHER_USER})
-    os.setresuid({OTHER_USER}, {OTHER_USER}, {OTHER_USER})
 
-async def ask():
+def become_other_user():
+    if os.geteuid() == 0:
+        os.setgroups([])
+        os.setresgid({OTHER_USER}, {OTHER_USER}, {OTHER_USER})
+        os.setresuid({OTHER_USER}, {OTHER_USER}, {OTHER_USER})
+
+# The client comes first: making it imports what the other user may not read.
+def ask():
+    with peercred.Client("unix:{path}") as client:
+        become_other_user()
+        client.status()
+
+async def ask_async():
     async with peercred.AsyncClient("unix:{path}") as client:
+        become_other_user()
         await client.status()
 
 try:
-    if "{twin}" == "Client":
-        peercred.Client("unix:{path}").status()
-    else:
-        asyncio.run(ask())
+    ask() if "{twin}" == "Client" else asyncio.run(ask_async())
 except peercred.PeerCredError as error:
     print(type(error).__name__, error)
 """,
@@ -154,6 +160,32 @@ def test_a_daemon_that_breaks_off_a_call_is_unavailable(kind: type[Client], fold
         with pytest.raises(Unavailable, match=f"unix:{path}"):
             client.status()
         rude.join()
+
+
+def test_a_daemon_with_all_its_connections_taken_is_not_said_to_be_down(
+    kind: type[Client], folder: Path
+) -> None:
+    path = folder / "full.sock"
+    done = threading.Event()
+
+    def turn_away() -> None:
+        while not done.is_set():
+            listener.accept()[0].close()
+
+    with bind(path) as listener, kind(f"unix:{path}") as client:
+        listener.listen()
+        turning_away = threading.Thread(target=turn_away)
+        turning_away.start()
+        with pytest.raises(Unavailable) as caught:
+            client.status()
+        done.set()
+        with socket.socket(socket.AF_UNIX) as last:
+            last.connect(os.fspath(path))
+        turning_away.join()
+
+    assert str(caught.value) == (
+        f"the daemon at unix:{path} has as many connections as it takes; ask again"
+    )
 
 
 def test_one_client_outlives_a_restart_of_the_daemon(kind: type[Client], folder: Path) -> None:
@@ -237,11 +269,13 @@ def test_the_environment_names_the_daemon_and_an_argument_overrides_it(
 @pytest.mark.parametrize(
     ("address", "mend"),
     [
-        ("", "is empty: give a gRPC address such as unix:/run"),
+        ("", "is empty; give a gRPC address such as unix:/run"),
         ("/run/peercredd.sock", "write unix:/run/peercredd.sock"),
         ("unix:", "write unix:/path"),
         ("unix://run/peercredd.sock", "write unix:/path"),
         ("unix:/" + "a" * 107, "at most 107 bytes"),
+        ("garbage", "is no address; write unix:/path or HOST:PORT"),
+        ("localhost:http", "write unix:/path or HOST:PORT"),
     ],
 )
 @pytest.mark.parametrize("source", ["address", "PEERCRED_ADDRESS"])

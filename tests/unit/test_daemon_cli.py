@@ -122,12 +122,43 @@ def test_a_bad_flag_is_refused_with_2(peercredd: Run) -> None:
     )
 
 
-@pytest.mark.parametrize("arguments", [("--nonsense",), ("nonsense",), ("--log-level", "loud")])
-def test_bad_usage_is_refused_with_2(peercredd: Run, arguments: tuple[str, ...]) -> None:
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--nonsense",),
+        ("nonsense",),
+        ("--log-level", "loud"),
+        ("--group",),
+        ("check", "surplus"),
+        ("completion",),
+        ("completion", "tcsh"),
+    ],
+)
+def test_bad_usage_is_refused_with_one_line_and_2(
+    peercredd: Run, arguments: tuple[str, ...]
+) -> None:
     done = peercredd(*arguments)
 
-    assert done.returncode == 2
-    assert "Error: " in done.stderr
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"peercredd: .+; see peercredd( \w+)? --help\n", done.stderr)
+
+
+@pytest.mark.parametrize("arguments", [(), ("--help",), ("check", "--json")])
+def test_where_only_the_client_is_installed_one_line_says_how_to_get_the_daemon(
+    peercredd: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...]
+) -> None:
+    missing = tmp_path / "missing"
+    missing.mkdir()
+    (missing / "msgspec.py").write_text("raise ModuleNotFoundError('no msgspec')")
+    monkeypatch.setenv("PYTHONPATH", str(missing), prepend=os.pathsep)
+
+    done = peercredd(*arguments)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == (
+        "peercredd: only the client is installed here; install the daemon too: "
+        "pip install '<source>[daemon]' (docs/operations.md)\n"
+    )
 
 
 def test_without_privilege_the_daemon_says_what_it_lacks(peercredd: Run) -> None:

@@ -1,3 +1,4 @@
+import grp
 import os
 import shutil
 import socket
@@ -13,8 +14,7 @@ from structlog.testing import capture_logs
 
 from peercredd.listen import ListenError, UnixSocket
 
-pytestmark = pytest.mark.skipif(os.geteuid() != 0, reason="sockets are given to other groups: root")
-
+OWN_GROUP = grp.getgrgid(os.getegid()).gr_name
 GROUP, GROUP_ID = "daemon", 1  # in every /etc/group
 NOBODY = 65534
 
@@ -54,7 +54,7 @@ def names(folder: Path) -> set[str]:
 
 
 def refused(path: Path) -> str:
-    with pytest.raises(ListenError) as raised, UnixSocket(path, GROUP):
+    with pytest.raises(ListenError) as raised, UnixSocket(path, OWN_GROUP):
         pass
     text = str(raised.value)
     assert "\n" not in text
@@ -66,12 +66,13 @@ def holding(path: Path) -> subprocess.Popen[str]:
     """Another process that listens at `path`, until its stdin is closed or it is killed."""
     program = (
         "import socket, sys; from pathlib import Path; from peercredd.listen import UnixSocket\n"
-        "with UnixSocket(Path(sys.argv[1]), 'daemon') as own, socket.socket(socket.AF_UNIX) as s:\n"
+        "path, group = Path(sys.argv[1]), sys.argv[2]\n"
+        "with UnixSocket(path, group) as own, socket.socket(socket.AF_UNIX) as s:\n"
         "    s.bind(own.private_path); s.listen(); own.publish()\n"
         "    print('published', flush=True); sys.stdin.read()\n"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", program, path],
+        [sys.executable, "-c", program, path, OWN_GROUP],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -95,7 +96,7 @@ def as_user(uid: int, groups: list[int], path: Path) -> int:
 
 
 def test_a_socket_is_there_when_published_and_not_before(path: Path) -> None:
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         assert not path.exists()
         own.publish()
         assert connects(path)
@@ -104,24 +105,25 @@ def test_a_socket_is_there_when_published_and_not_before(path: Path) -> None:
 def test_nothing_but_the_socket_and_its_lock_is_beside_it_and_nothing_at_all_afterwards(
     folder: Path, path: Path
 ) -> None:
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         own.publish()
         assert names(folder) == {"peercredd.sock", "peercredd.sock.lock"}
     assert names(folder) == set()
 
 
 def test_nothing_is_left_of_a_socket_that_was_never_published(folder: Path, path: Path) -> None:
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         pass
     assert names(folder) == set()
 
 
 def test_before_it_is_published_only_its_owner_can_reach_it(folder: Path, path: Path) -> None:
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         (private,) = [entry for entry in folder.iterdir() if entry.is_dir()]
         assert stat.S_IMODE(private.stat().st_mode) == 0o700
 
 
+@pytest.mark.root
 @pytest.mark.parametrize("umask", [0o000, 0o077])
 def test_root_and_the_group_may_connect_whatever_the_umask(path: Path, umask: int) -> None:
     before = os.umask(umask)
@@ -137,6 +139,7 @@ def test_root_and_the_group_may_connect_whatever_the_umask(path: Path, umask: in
         os.umask(before)
 
 
+@pytest.mark.root
 def test_without_the_group_only_root_may_connect_and_the_log_says_so(path: Path) -> None:
     with UnixSocket(path, "no-such-group") as own, bound(own.private_path):
         with capture_logs() as logs:
@@ -148,6 +151,7 @@ def test_without_the_group_only_root_may_connect_and_the_log_says_so(path: Path)
     assert entry["group"] == "no-such-group"
 
 
+@pytest.mark.root
 def test_missing_folders_are_made_open_to_all_whatever_the_umask(folder: Path) -> None:
     path = folder / "a" / "b" / "peercredd.sock"
     before = os.umask(0o077)
@@ -163,7 +167,7 @@ def test_missing_folders_are_made_open_to_all_whatever_the_umask(folder: Path) -
 
 def test_the_longest_path_that_clients_can_name_is_good_and_one_more_is_not(folder: Path) -> None:
     longest = folder / ("s" * (107 - len(str(folder)) - 1))
-    with UnixSocket(longest, GROUP) as own, bound(own.private_path):
+    with UnixSocket(longest, OWN_GROUP) as own, bound(own.private_path):
         own.publish()
         assert connects(longest)
 
@@ -172,7 +176,7 @@ def test_the_longest_path_that_clients_can_name_is_good_and_one_more_is_not(fold
 
 def test_a_second_process_is_refused_and_told_which_one_has_it(path: Path) -> None:
     with holding(path) as first:
-        assert f"process {first.pid}:" in refused(path)
+        assert f"process {first.pid};" in refused(path)
         assert connects(path)
 
 
@@ -182,7 +186,7 @@ def test_a_socket_left_by_a_killed_process_is_replaced(folder: Path, path: Path)
         first.wait()
     assert path.is_socket()
 
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         assert not connects(path)
         own.publish()
         assert connects(path)
@@ -191,7 +195,7 @@ def test_a_socket_left_by_a_killed_process_is_replaced(folder: Path, path: Path)
 
 def test_a_live_socket_of_another_program_is_not_stolen(path: Path) -> None:
     with bound(str(path)):
-        assert f"process {os.getpid()}:" in refused(path)
+        assert f"process {os.getpid()};" in refused(path)
         assert connects(path)
 
 
@@ -225,7 +229,7 @@ def test_a_folder_that_is_a_file_is_named(folder: Path) -> None:
 
 
 def test_a_socket_put_in_its_place_since_is_not_removed(path: Path) -> None:
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         own.publish()
         path.unlink()
         other = bound(str(path))
@@ -234,14 +238,14 @@ def test_a_socket_put_in_its_place_since_is_not_removed(path: Path) -> None:
 
 
 def test_a_socket_that_somebody_removed_is_no_error(folder: Path, path: Path) -> None:
-    with UnixSocket(path, GROUP) as own, bound(own.private_path):
+    with UnixSocket(path, OWN_GROUP) as own, bound(own.private_path):
         own.publish()
         path.unlink()
     assert names(folder) == set()
 
 
 def test_the_lock_cannot_be_taken_by_other_users(path: Path) -> None:
-    with UnixSocket(path, GROUP):
+    with UnixSocket(path, OWN_GROUP):
         assert stat.S_IMODE(Path(f"{path}.lock").stat().st_mode) == 0o600
 
 
@@ -264,6 +268,6 @@ def test_no_two_processes_ever_hold_one_path(folder: Path, path: Path) -> None:
 
 
 def test_a_lock_that_names_nobody_is_still_a_lock(path: Path) -> None:
-    with UnixSocket(path, GROUP):
+    with UnixSocket(path, OWN_GROUP):
         os.truncate(f"{path}.lock", 0)
-        assert "in use by another process:" in refused(path)
+        assert "in use by another process;" in refused(path)

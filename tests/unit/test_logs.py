@@ -52,6 +52,7 @@ def test_a_file_gets_one_json_object_an_event(tmp_path: Path) -> None:
     assert events[0]["socket"] == "/run/a b"
     assert events[0]["timestamp"].endswith("Z")
     assert "ZeroDivisionError" in events[2]["exception"]
+    assert all(list(event)[:3] == ["event", "level", "timestamp"] for event in events)
 
 
 def test_the_journal_gets_a_priority_on_every_line_and_no_timestamp(tmp_path: Path) -> None:

@@ -34,9 +34,17 @@ def test_a_mount_point_with_spaces_is_read_as_it_is(hybrid: Path) -> None:
 
 def test_a_host_without_cgroup_v2_is_told_how_to_mount_it(tmp_path: Path) -> None:
     mountinfo = tmp_path / "mountinfo"
+    mountinfo.write_text("43 23 0:40 / /mnt rw - bpf none rw\n")
+
+    with pytest.raises(CgroupError, match=r"mount -t cgroup2 none /sys/fs/cgroup$"):
+        cgroup_directory("root", mountinfo)
+
+
+def test_a_mount_on_a_hybrid_host_is_to_hide_no_v1_controller(tmp_path: Path) -> None:
+    mountinfo = tmp_path / "mountinfo"
     mountinfo.write_text(HYBRID.replace("cgroup2", "cgroup"))
 
-    with pytest.raises(CgroupError, match="mount -t cgroup2"):
+    with pytest.raises(CgroupError, match=r"mount -t cgroup2 none /sys/fs/cgroup/unified$"):
         cgroup_directory("root", mountinfo)
 
 

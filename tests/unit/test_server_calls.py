@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import grp
 import itertools
 import os
 import random
@@ -31,6 +32,7 @@ from peercredd.listen import ListenError
 from peercredd.records import Connection
 from peercredd.store import Answer, Reason
 
+OWN_GROUP = grp.getgrgid(os.getegid()).gr_name
 API = "/peercred.v1.PeerCredentials"
 HEALTH = "/grpc.health.v1.Health"
 REFLECTION = "/grpc.reflection.v1alpha.ServerReflection"
@@ -82,7 +84,7 @@ def served(view: MemoryView, path: Path) -> Iterator[grpc.Channel]:
 
     async def main() -> None:
         stop = asyncio.Event()
-        async with server.serving(view, path, "root"):
+        async with server.serving(view, path, OWN_GROUP):
             loop = asyncio.get_running_loop()
             started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
             await stop.wait()

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
+from pathlib import Path
 
 from peercred import Credentials, End, PeerCredentials
 from peercred.cli.display import print_json, print_table
 from peercred.cli.names import group_name, user_name
 
 UNKNOWN = "unknown"
+
+CAP_LAST_CAP = Path("/proc/sys/kernel/cap_last_cap")
 
 ENDS = {
     End.CLIENT: "client (called connect)",
@@ -89,8 +93,15 @@ def _groups(peer: PeerCredentials) -> str:
 
 
 def _capabilities(capabilities: int | None) -> str:
+    if capabilities is None:
+        return UNKNOWN
+    if not capabilities:
+        return "none"
+    with suppress(OSError):
+        if capabilities == (1 << int(CAP_LAST_CAP.read_text()) + 1) - 1:
+            return "all"
     # The form of CapEff in /proc/PID/status, which `capsh --decode` reads.
-    return UNKNOWN if capabilities is None else f"{capabilities:016x}"
+    return f"{capabilities:016x}"
 
 
 def _yes_or_no(value: bool | None) -> str:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from enum import Enum
@@ -25,6 +26,7 @@ INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 HOST_CHECK_TIMEOUT = 120
 
 MEND_THE_DAEMON = "see 'daemon reachable'"
+MEND_BY_THE_LOG = "see the log: `journalctl -u peercredd`"
 MEND_A_WRONG_ANSWER = "trust no answer, and report this with `peercred status --json`"
 
 
@@ -62,8 +64,9 @@ def doctor(context: click.Context, settings: Settings) -> None:
     """Check that all works here, and say what mends the rest.
 
     Looks at what the daemon needs, and whether it answers correctly. Run it as
-    the user that starts the daemon, usually root. Each check is "ok", "failed"
-    or "unknown" (could not tell). Exit code 0 when all are ok, 1 otherwise.
+    the user that starts the daemon, usually root; as a client, only the last
+    three checks matter. Each is "ok", "failed" or "unknown" (could not tell).
+    Exit code 0 when all are ok, 1 otherwise.
 
     With --json: {"ok": true or false, "checks": [{"name", "outcome", "detail",
     "mend"}, ...]}.
@@ -110,10 +113,10 @@ def check_host() -> list[Check]:
             )
         ]
     try:
-        return [
+        return _each_cause_once(
             Check(check["name"], Outcome(check["outcome"]), check["detail"], check["mend"])
             for check in json.loads(result.stdout)["checks"]
-        ]
+        )
     except (ValueError, KeyError, TypeError):
         reason = (result.stderr.strip().splitlines() or [f"exit code {result.returncode}"])[-1]
     if "No module named" in reason:
@@ -122,10 +125,27 @@ def check_host() -> list[Check]:
                 name,
                 Outcome.FAILED,
                 f"the daemon is not installed with this command ({reason})",
-                "pip install 'peercredd[daemon]'",
+                "install it as docs/operations.md says",
             )
         ]
-    return [Check(name, Outcome.FAILED, reason, "mend that; `peercredd check` tells more")]
+    # The program's own texts are "what is wrong; what mends it", like those of the client.
+    detail, _, mend = reason.removeprefix("peercredd: ").partition("; ")
+    mend = mend or "mend that; `peercredd check` tells more"
+    return [Check(name, Outcome.FAILED, detail, mend)]
+
+
+def _each_cause_once(checks: Iterable[Check]) -> list[Check]:
+    """Have "programs loadable" point to what it needs, where that is what failed."""
+    found = {check.name: check for check in checks}
+    loadable = found.get("programs loadable")
+    for need in ("BTF", "BCC importable"):
+        failed = need in found and found[need].outcome is Outcome.FAILED
+        if failed and loadable and loadable.outcome is Outcome.FAILED:
+            found[loadable.name] = Check(
+                loadable.name, Outcome.UNKNOWN, "could not be tried", f"see '{need}'"
+            )
+            break
+    return list(found.values())
 
 
 def check_daemon(client: Client) -> Check:
@@ -134,11 +154,10 @@ def check_daemon(client: Client) -> Check:
     try:
         status = client.status()
     except (Unavailable, Refused) as error:
-        # Their texts are "what is wrong: what mends it".
-        detail, _, mend = str(error).rpartition(": ")
-        return Check(name, Outcome.FAILED, detail, mend)
+        detail, _, mend = str(error).partition("; ")
+        return Check(name, Outcome.FAILED, detail, mend or MEND_BY_THE_LOG)
     except PeerCredError as error:
-        return Check(name, Outcome.FAILED, str(error), "see the log: `journalctl -u peercredd`")
+        return Check(name, Outcome.FAILED, str(error), MEND_BY_THE_LOG)
     return Check(name, Outcome.OK, f"version {status.version}, pid {status.daemon_pid}")
 
 

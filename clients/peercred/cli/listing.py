@@ -49,6 +49,8 @@ def list_connections(
 
     UID, USER, PID and COMMAND are the client's, at its connect(). COOKIE is
     that of the server's socket: `peercred lookup --cookie COOKIE` tells all.
+    LISTENER-UID and LISTENER-PID are the server's, at its listen(); "unknown"
+    where that was not recorded, because capture began later, say.
     USER may be a name or a number to filter by; "-" in its column: no name.
 
     With --json: {"connections": [...]}, both ends in full. An empty list is an

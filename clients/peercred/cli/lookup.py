@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from peercred import Endpoint, NotFound
+from peercred import Endpoint, InvalidArgument, NotFound
 from peercred.cli.credentials import print_peer
 from peercred.cli.parameters import cookie, endpoint
 from peercred.cli.settings import Settings, common_options, pass_settings
@@ -19,8 +19,19 @@ HINTS = {
     "NOT_LOCAL": "only connections within this host are recorded",
 }
 
+NEVER_SEEN_BY_COOKIE = (
+    "the cookie is that of the asking end's own socket, and only what `peercred status` calls "
+    "the captured cgroup is recorded"
+)
+
+
+class _Lookup(click.Command):
+    def collect_usage_pieces(self, context: click.Context) -> list[str]:  # noqa: ARG002 - click's
+        return [self.options_metavar or "", "[LOCAL REMOTE | --cookie N]"]
+
 
 @click.command(
+    cls=_Lookup,
     epilog="""\b
 Examples:
   A server on port 8080 asks who its client on port 51000 is:
@@ -30,7 +41,7 @@ Examples:
   The same over IPv6, and only the number:
     peercred lookup [::1]:8080 [::1]:51000 --json | jq .uid
   By the cookie that getsockopt(SO_COOKIE) gives, surest of all:
-    peercred lookup --cookie 4711"""
+    peercred lookup --cookie 4711""",
 )
 @click.argument("local", type=endpoint, required=False, metavar="LOCAL")
 @click.argument("remote", type=endpoint, required=False, metavar="REMOTE")
@@ -81,5 +92,15 @@ def lookup(
                 )
         except NotFound as error:
             hint = HINTS.get(error.reason, "see `peercred status`")
+            if error.reason == "NEVER_SEEN" and socket_cookie is not None:
+                hint = NEVER_SEEN_BY_COOKIE
             raise NotFound(f"{error}; {hint}", error.reason) from error
+        except InvalidArgument as error:
+            if error.field == "key.netns_cookie" and socket_cookie is not None:
+                raise InvalidArgument(
+                    f"--netns-cookie: {netns_cookie} is not the network namespace of the socket "
+                    "that --cookie names; leave it out",
+                    error.field,
+                ) from error
+            raise
     print_peer(peer, as_json=settings.json)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from typing import Any
 
 import click
 
@@ -21,7 +22,19 @@ from peercred.cli.whoami import whoami
 NOT_FOUND, USAGE, UNAVAILABLE, REFUSED = 1, 2, 3, 4
 
 
+class _Program(click.Group):
+    def invoke(self, context: click.Context) -> Any:
+        try:
+            return super().invoke(context)
+        except click.BadOptionUsage as error:
+            # click does not say of which command an option lacks its value.
+            if error.ctx is None and (name := context.invoked_subcommand):
+                error.ctx = click.Context(self.commands[name], parent=context, info_name=name)
+            raise
+
+
 @click.group(
+    cls=_Program,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
     epilog="""\b
 Examples:
@@ -39,8 +52,9 @@ Exit codes:
   0  found, or all is well
   1  not found; or doctor: not all is well
   2  the question is wrong
-  3  the daemon does not answer
+  3  the daemon does not answer, or not in a way that can be used
   4  the daemon refuses to answer you
+  74 the answer cannot be written
 
 Errors are one line on stderr: what is wrong; what mends it. With --json, stdout
 gets one document in that case too: {"error": {"code", "message", "exit_code"}},

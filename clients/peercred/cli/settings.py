@@ -57,7 +57,7 @@ def common_options(command: Decorated) -> Decorated:
             metavar="ADDRESS",
             expose_value=False,
             callback=_remember,
-            help="Where the daemon listens, as a gRPC address.  [default: $PEERCRED_ADDRESS, "
+            help="Where the daemon listens: unix:/path or HOST:PORT.  [default: $PEERCRED_ADDRESS, "
             "or unix:/run/peercredd/peercredd.sock]",
         ),
     ):
