@@ -1,8 +1,8 @@
-"""Fixtures of the tests that load BPF programs, and when those are skipped."""
+"""Fixtures of the tests that load BPF programs, and what the machine has to allow."""
 
 from __future__ import annotations
 
-import os
+import resource
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -11,16 +11,21 @@ import peercred
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import HOOK_SETS, Daemon
-from harness.requirements import why_not
+from harness.requirements import cannot_run, why_no_kernel, why_no_root
 from harness.stage import Stage
 
 
+def pytest_configure() -> None:
+    """Allow these tests, and the processes they start, more than 1024 open files."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what cannot run here; with PEERCREDD_REQUIRE_KERNEL=1, fail it."""
-    if item.get_closest_marker("kernel") and (reason := why_not()):
-        if os.environ.get("PEERCREDD_REQUIRE_KERNEL") == "1":
-            pytest.fail(f"kernel tests are required, but: {reason}", pytrace=False)
-        pytest.skip(reason)
+    """Leave out what this machine cannot run."""
+    for marker, why_not in (("root", why_no_root), ("kernel", why_no_kernel)):
+        if item.get_closest_marker(marker) and (reason := why_not()):
+            cannot_run(reason)
 
 
 @pytest.hookimpl(wrapper=True)

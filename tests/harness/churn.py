@@ -27,7 +27,7 @@ ROUTES = (V4, V6, MAPPED)
 BACKLOG = 4096
 CREDITS = 3000
 """Connections that may be in a server's queues at once: fewer than its backlog."""
-BATCH = 500
+BATCH = 250
 SERVE_SECONDS = 600.0
 
 

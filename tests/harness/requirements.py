@@ -1,4 +1,4 @@
-"""Whether this machine can run the tests that load BPF programs."""
+"""Whether this machine can run the tests that need root, or load BPF programs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import importlib.util
 import os
 import platform
 from pathlib import Path
+from typing import NoReturn
+
+import pytest
 
 from harness.cgroup import mount_point
 
@@ -16,11 +19,23 @@ _BPF_MAP_CREATE = 0
 _BPF_MAP_TYPE_ARRAY = 2
 
 
+def cannot_run(reason: str) -> NoReturn:
+    """Skip the present test; with PEERCREDD_REQUIRE_KERNEL=1, fail it."""
+    if os.environ.get("PEERCREDD_REQUIRE_KERNEL") == "1":
+        pytest.fail(f"this test is required, but: {reason}", pytrace=False)
+    pytest.skip(reason)
+
+
+def why_no_root() -> str | None:
+    """What is missing to change owners and users, and what mends it."""
+    return "not root: run the tests with sudo" if os.geteuid() else None
+
+
 @functools.cache
-def why_not() -> str | None:
+def why_no_kernel() -> str | None:
     """The first thing that is missing, and what mends it; None when all is there."""
-    if os.geteuid():
-        return "not root: run the tests with sudo"
+    if reason := why_no_root():
+        return reason
     if not Path("/sys/kernel/btf/vmlinux").exists():
         return "no /sys/kernel/btf/vmlinux: boot a kernel with CONFIG_DEBUG_INFO_BTF"
     try:

@@ -24,8 +24,6 @@ from harness.channel import Descriptor
 from harness.io_uring import Mode, Ring, sockaddr
 from harness.syscalls import (
     CLONE_NEWNET,
-    CLONE_NEWUSER,
-    PR_SET_DUMPABLE,
     set_thread_credentials,
     syscall,
 )
@@ -446,16 +444,6 @@ def enter_network_namespace(namespace: Descriptor) -> None:
     """Sockets made from now on belong to `namespace`."""
     syscall("setns", int(namespace), CLONE_NEWNET)
     os.close(namespace)
-
-
-def enter_user_namespace(uid_inside: int) -> None:
-    """A user namespace of one's own, in which the effective uid has the number given."""
-    outside = os.geteuid()
-    # A process that has changed its ids may not write to its own /proc files.
-    syscall("prctl", PR_SET_DUMPABLE, 1)
-    syscall("unshare", CLONE_NEWUSER)
-    with open("/proc/self/uid_map", "w") as file:
-        file.write(f"{uid_inside} {outside} 1")
 
 
 def kill_self() -> None:

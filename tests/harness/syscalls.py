@@ -13,14 +13,12 @@ import platform
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
 CLONE_NEWNET = 0x40000000
-PR_SET_DUMPABLE = 4
 
 _NUMBERS = {
     "x86_64": {
         "setresuid": 117,
         "setresgid": 119,
         "setgroups": 116,
-        "prctl": 157,
         "exit": 60,
         "unshare": 272,
         "setns": 308,
@@ -29,7 +27,6 @@ _NUMBERS = {
         "setresuid": 147,
         "setresgid": 149,
         "setgroups": 159,
-        "prctl": 167,
         "exit": 93,
         "unshare": 97,
         "setns": 268,

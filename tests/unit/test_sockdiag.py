@@ -104,7 +104,7 @@ def test_listeners_and_what_is_in_time_wait_are_not_listed(stack: ExitStack) -> 
 
 def test_a_list_longer_than_one_message_is_whole(stack: ExitStack) -> None:
     server = listener(stack)
-    expected = {cookie(end) for _ in range(600) for end in connection(stack, server)}
+    expected = {cookie(end) for _ in range(400) for end in connection(stack, server)}
     listed = [each.cookie for each in sockdiag.sockets()]
     assert expected <= set(listed)
 
