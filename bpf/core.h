@@ -246,7 +246,8 @@ static __always_inline void wait_in_queue(struct connection *record, struct serv
     u64 listener_cookie = record->listener_cookie;
     u32 present = 1;
     record->closed_in_queue = 1;
-    if (listener_cookie && reset_in_queue.update(&listener_cookie, &present) != 0)
+    if (listener_cookie && !reset_in_queue.lookup(&listener_cookie) &&
+        reset_in_queue.update(&listener_cookie, &present) != 0)
         server_end_gone(server, cookie);
 }
 
