@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import pytest
 
@@ -85,10 +86,20 @@ def first_connection(
     return listener, server, server(steps.accept, listener.fds), client, ends
 
 
-@ways_to_end
-def test_an_old_accepted_socket_answers_with_its_own_user_by_cookie(
-    stage: Stage, daemon: Daemon, route: Route, end: End
-) -> None:
+@dataclass(frozen=True)
+class Reuse:
+    """Alice's connection has ended, though nobody has closed it; Bob has its tuple now."""
+
+    names: Names
+    server: Actor
+    alice: Actor
+    old: Both[int]
+    bob: Actor
+    new_ends: Both[int]
+    new: Both[int]
+
+
+def reused(stage: Stage, route: Route, end: End) -> Reuse:
     listener, server, old, alice, ends = first_connection(stage, route)
     names = Names(server, old.tcp)
     end(alice, ends.tcp, server, old.tcp)
@@ -96,14 +107,21 @@ def test_an_old_accepted_socket_answers_with_its_own_user_by_cookie(
     new_ends = stage.connect(bob, listener, local=names.client)
     new = server(steps.accept, listener.fds)
     assert server(steps.names, new.tcp) == (names.local, names.remote)
+    return Reuse(names, server, alice, old, bob, new_ends, new)
 
-    assert stage.peer(server, old)[:2] == (alice.pid, ALICE)
-    assert stage.peer(server, new)[:2] == (bob.pid, BOB)
-    assert stage.peer(bob, new_ends)[:2] == (server.pid, SERVICE)
-    both = names.key(cookie_of(server, old.tcp))
+
+@ways_to_end
+def test_an_old_accepted_socket_answers_with_its_own_user_by_cookie(
+    stage: Stage, daemon: Daemon, route: Route, end: End
+) -> None:
+    now = reused(stage, route, end)
+    assert stage.peer(now.server, now.old)[:2] == (now.alice.pid, ALICE)
+    assert stage.peer(now.server, now.new)[:2] == (now.bob.pid, BOB)
+    assert stage.peer(now.bob, now.new_ends)[:2] == (now.server.pid, SERVICE)
+    both = now.names.key(cookie_of(now.server, now.old.tcp))
     assert uid_or_reason(daemon, both) in (ALICE, "RETIRED")
-    assert oracle.ask_raw(daemon.address, names.key()).peer.uid == BOB
-    new_both = names.key(cookie_of(server, new.tcp))
+    assert oracle.ask_raw(daemon.address, now.names.key()).peer.uid == BOB
+    new_both = now.names.key(cookie_of(now.server, now.new.tcp))
     assert oracle.ask_raw(daemon.address, new_both).peer.uid == BOB
 
 
@@ -111,35 +129,23 @@ def test_an_old_accepted_socket_answers_with_its_own_user_by_cookie(
 def test_the_tuple_of_a_newer_connection_that_is_gone_does_not_name_the_older(
     stage: Stage, daemon: Daemon, route: Route, end: End
 ) -> None:
-    listener, server, old, alice, ends = first_connection(stage, route)
-    names = Names(server, old.tcp)
-    end(alice, ends.tcp, server, old.tcp)
-    bob = stage.actor(BOB)
-    new_ends = stage.connect(bob, listener, local=names.client)
-    new = server(steps.accept, listener.fds)
-    bob(steps.reset, new_ends.tcp)
-    server(steps.close, new)
-    with pytest.raises(NotFound) as refused:
-        oracle.ask_raw(daemon.address, names.key())
-    assert refused.value.reason == "RETIRED"
-    assert stage.peer(server, old)[:2] == (alice.pid, ALICE)
+    now = reused(stage, route, end)
+    now.bob(steps.reset, now.new_ends.tcp)
+    now.server(steps.close, now.new)
+    assert uid_or_reason(daemon, now.names.key()) == "RETIRED"
+    assert stage.peer(now.server, now.old)[:2] == (now.alice.pid, ALICE)
 
 
 @ways_to_end
 def test_the_end_of_an_older_connection_takes_nothing_from_the_newer(
     stage: Stage, daemon: Daemon, route: Route, end: End
 ) -> None:
-    listener, server, old, alice, ends = first_connection(stage, route)
-    names = Names(server, old.tcp)
-    end(alice, ends.tcp, server, old.tcp)
-    bob = stage.actor(BOB)
-    new_ends = stage.connect(bob, listener, local=names.client)
-    new = server(steps.accept, listener.fds)
-    server(steps.close, old)
-    alice.exit()
-    assert oracle.ask_raw(daemon.address, names.key()).peer.uid == BOB
-    assert stage.peer(server, new)[:2] == (bob.pid, BOB)
-    assert stage.peer(bob, new_ends)[:2] == (server.pid, SERVICE)
+    now = reused(stage, route, end)
+    now.server(steps.close, now.old)
+    now.alice.exit()
+    assert oracle.ask_raw(daemon.address, now.names.key()).peer.uid == BOB
+    assert stage.peer(now.server, now.new)[:2] == (now.bob.pid, BOB)
+    assert stage.peer(now.bob, now.new_ends)[:2] == (now.server.pid, SERVICE)
 
 
 @ways_to_end
