@@ -117,16 +117,12 @@ class Store:
         key = _COOKIE.pack(cookie)
         as_server = self._connections.lookup(key)
         if as_server and not records.ends(as_server).server_gone:
-            answer = _answer(as_server, asker_is_server=True)
-            if answer:
-                return answer
+            return _answer(as_server, asker_is_server=True)
         server = self._by_client.lookup(key)
         if server and (data := self._connections.lookup(server)):
-            answer = _answer(data, asker_is_server=False)
-            if answer is None:
-                return Reason.OLDER_THAN_CAPTURE
-            if answer.client_socket_cookie == cookie:
-                return answer
+            _, _, client, _ = records.CONNECTION_HEAD.unpack_from(data)
+            if client == cookie:
+                return _answer(data, asker_is_server=False)
         if as_server:
             return Reason.RETIRED
         return self._absence(records.hash_of_cookie(cookie))
@@ -148,7 +144,7 @@ class Store:
         as_client = pack(netns_cookie, local, remote, local_port, remote_port)
         for key, asker_is_server in ((as_server, True), (as_client, False)):
             if data := self._newest(key):
-                return _answer(data, asker_is_server) or Reason.OLDER_THAN_CAPTURE
+                return _answer(data, asker_is_server)
         reason = self._absence(records.hash_of_tuple(as_server))
         if reason is Reason.NEVER_SEEN:
             reason = self._absence(records.hash_of_tuple(as_client))
@@ -213,11 +209,12 @@ class Store:
         return int(_DROP_COUNT.unpack(value)[0])
 
 
-def _answer(data: bytes, asker_is_server: bool) -> Answer | None:
-    """None if the record is not complete, or nothing is known of that peer."""
+def _answer(data: bytes, asker_is_server: bool) -> Answer | Reason:
     established, server, client, listener = records.CONNECTION_HEAD.unpack_from(data)
-    if not established or not (asker_is_server or listener):
-        return None
+    if not established:  # the kernel is still writing it
+        return Reason.NEVER_SEEN
+    if not asker_is_server and not listener:
+        return Reason.OLDER_THAN_CAPTURE
     return Answer(
         records.credentials(
             data, records.CLIENT_OFFSET if asker_is_server else records.LISTENER_OFFSET

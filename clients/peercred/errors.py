@@ -12,7 +12,8 @@ class NotFound(PeerCredError):  # noqa: N818 - reads as the answer it is
 
     `reason` says why, in the words of google.rpc.ErrorInfo:
 
-    - ``NEVER_SEEN``: no local connect() of that connection was recorded.
+    - ``NEVER_SEEN``: no local connect() of that connection was recorded, or
+      its server socket is not born yet.
     - ``OLDER_THAN_CAPTURE``: it, or the listener asked about, was there before capture began.
     - ``TABLE_WAS_FULL``: it was seen, and there was no room to record it.
     - ``RETIRED``: it was recorded, and both ends have been closed since.

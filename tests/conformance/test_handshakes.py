@@ -240,6 +240,7 @@ def test_a_connection_accepted_at_its_first_byte_is_whose_connect_it_was(
     ends = stage.connect(client, listener)
     assert client(steps.tcp_info, ends.tcp)[0] == TCP_ESTABLISHED
     assert not server(steps.readable, listener.fds.tcp)
+    assert stage.refusal(client, ends.tcp) == "NEVER_SEEN"
     theirs = client.give(ends, to=writer)
     client.exit()
     writer(steps.write, Both(*theirs))
