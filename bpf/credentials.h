@@ -12,7 +12,6 @@ static __always_inline int read_groups(u64 cred, struct credentials *to)
     u32 count = LOAD(u32, group_info, group_info_ngroups);
 
     to->group_count = count;
-    to->known |= HAS_GROUPS;
     if (count > MAX_GROUPS)
         count = MAX_GROUPS;
     u32 size = count * sizeof(u32);

@@ -19,7 +19,6 @@
 #define HAS_NETWORK_NAMESPACE (1U << 6)
 #define HAS_START_TIME (1U << 7)
 #define HAS_CAPABILITIES (1U << 8)
-#define HAS_GROUPS (1U << 9)
 /* The value of no_new_privs itself. */
 #define NO_NEW_PRIVS (1U << 16)
 

@@ -18,7 +18,6 @@ from peercredd.records import (
     HAS_AUDIT_SESSION_ID,
     HAS_CAPABILITIES,
     HAS_CGROUP_ID,
-    HAS_GROUPS,
     HAS_LOGIN_UID,
     HAS_NETWORK_NAMESPACE,
     HAS_NO_NEW_PRIVS,
@@ -52,12 +51,11 @@ def credentials(message: pb.Credentials, record: Credentials) -> None:
     message.filesystem_gid = record.fsgid
     message.comm = record.comm.partition(b"\0")[0]
     message.time_ns = record.time_ns
-    if known & HAS_GROUPS:
-        count = record.group_count
-        message.group_count = count
-        if count > MAX_GROUPS:
-            message.groups_truncated = True
-        message.groups.extend(memoryview(record.groups[: 4 * min(count, MAX_GROUPS)]).cast("I"))
+    count = record.group_count
+    message.group_count = count
+    if count > MAX_GROUPS:
+        message.groups_truncated = True
+    message.groups.extend(memoryview(record.groups[: 4 * min(count, MAX_GROUPS)]).cast("I"))
     if known & HAS_START_TIME:
         message.process_start_time_ns = record.process_start_time_ns
     if known & HAS_CAPABILITIES:

@@ -7,7 +7,6 @@ from peercredd.records import (
     HAS_AUDIT_SESSION_ID,
     HAS_CAPABILITIES,
     HAS_CGROUP_ID,
-    HAS_GROUPS,
     HAS_LOGIN_UID,
     HAS_NETWORK_NAMESPACE,
     HAS_NO_NEW_PRIVS,
@@ -34,7 +33,6 @@ ALL_FIELDS = (
     | HAS_NETWORK_NAMESPACE
     | HAS_START_TIME
     | HAS_CAPABILITIES
-    | HAS_GROUPS
 )
 
 

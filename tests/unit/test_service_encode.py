@@ -10,7 +10,6 @@ from peercredd.records import (
     HAS_AUDIT_SESSION_ID,
     HAS_CAPABILITIES,
     HAS_CGROUP_ID,
-    HAS_GROUPS,
     HAS_LOGIN_UID,
     HAS_NETWORK_NAMESPACE,
     HAS_NO_NEW_PRIVS,
@@ -85,7 +84,6 @@ def test_root_is_a_number_that_is_there() -> None:
         (HAS_NETWORK_NAMESPACE, {"network_namespace"}),
         (HAS_START_TIME, {"process_start_time_ns"}),
         (HAS_CAPABILITIES, {"effective_capabilities"}),
-        (HAS_GROUPS, {"groups", "group_count"}),
     ],
 )
 def test_what_the_kernel_does_not_provide_is_absent_and_nothing_else(
