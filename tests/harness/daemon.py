@@ -43,6 +43,7 @@ class Daemon:
     ) -> None:
         # Other hook sets get their option here.
         assert hook_set == "cgroup"
+        self.hook_set = hook_set
         self._folder = tempfile.TemporaryDirectory(prefix="peercredd-test-")
         folder = Path(self._folder.name)
         self.socket = folder / "run" / "peercredd.sock"
