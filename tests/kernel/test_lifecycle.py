@@ -14,7 +14,9 @@ from contextlib import ExitStack
 from pathlib import Path
 from uuid import uuid4
 
+import grpc
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import peercred
 from harness import steps
@@ -25,10 +27,12 @@ from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, BOB, SERVICE
 from peercredd import capture, pins
-from peercredd.libbpf import get_pinned, library, link_cgroup_id
+from peercredd.libbpf import detach_link, get_pinned, library, link_cgroup_id
 
 pytestmark = pytest.mark.kernel
 
+SERVING = health_pb2.HealthCheckResponse.SERVING
+NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SETTINGS = {"max_connections": 1024, "max_pending": 1024}
 
 
@@ -219,3 +223,24 @@ def test_a_daemon_that_cannot_serve_leaves_the_capture_that_it_found(
     with pytest.raises(RuntimeError, match="/dev/null"):
         run_daemon(own_cgroup, pin_dir, "--socket", "/dev/null")
     assert attached(own_cgroup) == ONE
+
+
+def test_health_and_lookups_say_at_once_that_a_program_is_detached(
+    own_cgroup: Cgroup, pin_dir: Path
+) -> None:
+    with (
+        run_daemon(own_cgroup, pin_dir) as daemon,
+        grpc.insecure_channel(daemon.address) as channel,
+    ):
+        check = health_pb2_grpc.HealthStub(channel).Check
+        assert check(health_pb2.HealthCheckRequest()).status == SERVING
+        link = get_pinned(pin_dir / pins.CAPTURE / pins.LINKS / "cgroup_sock_ops")
+        detach_link(link)
+        os.close(link)
+
+        assert check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
+        with peercred.Client(daemon.address) as client:
+            attachments = {each.program: each.attached for each in client.status().attachments}
+            assert attachments == {**dict.fromkeys(ONE, True), "cgroup_sock_ops": False}
+            with pytest.raises(peercred.Unavailable, match="capture is not in place"):
+                client.lookup_cookie(1 << 62)
