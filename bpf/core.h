@@ -7,7 +7,7 @@
  *   storage  what the hook's bpf_sk_storage_get() takes for that socket
  *   cookie   the socket's cookie; had_cookie: it had one before
  *
- * listen, connect, publish and establish run before user space can see their
+ * listen, connect, publish, establish and accept run before user space can see their
  * effect; closed and release run when a socket has no more to say.
  */
 
@@ -15,6 +15,7 @@
 #define TCP_SYN_SENT_STATE 2
 #define TCP_SYN_RECV_STATE 3
 #define TCP_FIN_WAIT1_STATE 4
+#define TCP_FIN_WAIT2_STATE 5
 #define TCP_CLOSE_STATE 7
 #define TCP_CLOSE_WAIT_STATE 8
 
@@ -208,12 +209,15 @@ static __always_inline void wipe(void *storage, u64 cookie, bool had_cookie)
 
 /* Whether a socket reached TCP_CLOSE because its owner disconnected it. What the
  * peer or the protocol does from these states sets sk_err first (tcp_reset() in
- * net/ipv4/tcp_input.c, tcp_write_err() in tcp_timer.c, tcp_abort() in tcp.c);
- * tcp_disconnect() changes the state before it sets anything. */
+ * net/ipv4/tcp_input.c, tcp_write_err() in tcp_timer.c, tcp_abort() in tcp.c), or
+ * SOCK_DONE (tcp_fin() in tcp_input.c); tcp_disconnect() changes the state before it
+ * sets anything. */
 static __always_inline bool was_disconnected(u64 socket, u32 old_state)
 {
+    bool fin_received = LOAD(u64, socket, sock_flags) & SOCK_DONE;
     return (old_state == TCP_ESTABLISHED_STATE || old_state == TCP_CLOSE_WAIT_STATE ||
-            old_state == TCP_FIN_WAIT1_STATE || old_state == TCP_SYN_RECV_STATE) &&
+            old_state == TCP_FIN_WAIT1_STATE || old_state == TCP_SYN_RECV_STATE ||
+            (old_state == TCP_FIN_WAIT2_STATE && !fin_received)) &&
            LOAD(u32, socket, sock_err) == 0;
 }
 
@@ -348,6 +352,7 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool 
             entry.client = *stash;
         else
             reason = DROP_DEFERRED_UNKNOWN;
+        connecting.sk_storage_delete(storage);
     } else {
         reason = read_credentials(&entry.client);
     }
@@ -476,4 +481,20 @@ dropped:
     forget_tuple(&tuple);
     drop_record(reason, client_cookie, server_cookie, &tuple);
     return false;
+}
+
+/* ---- accept ---- */
+
+/* The accepted socket is about to get a descriptor. Its record is there already, if it
+ * has one at all, where establish ran before the socket was queued. A kernel thread
+ * that accepts stays unnamed. */
+static __always_inline void accept(u64 cookie)
+{
+    struct credentials acceptor = {};
+    struct connection *record = connections.lookup(&cookie);
+
+    if (!record || record->accepted_ns || read_credentials(&acceptor) != DROP_NONE)
+        return;
+    record->acceptor = acceptor;
+    __sync_fetch_and_add(&record->accepted_ns, acceptor.time_ns);
 }

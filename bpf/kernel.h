@@ -10,6 +10,7 @@
 #define AF_INET6 10
 #define IPPROTO_TCP 6
 #define SOCK_STREAM 1
+#define SOCK_DONE (1U << 1)     /* sock.sk_flags */
 #define IFF_LOOPBACK (1U << 3)  /* net_device.flags */
 #define PF_KTHREAD 0x00200000U  /* task_struct.flags */
 #define PFA_NO_NEW_PRIVS 1U     /* bit 0 of task_struct.atomic_flags */

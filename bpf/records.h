@@ -87,8 +87,11 @@ struct connection {
     u8 closed_in_queue;        /* in TCP_CLOSE, waiting for accept() */
     u8 server_gone;            /* the server's socket was closed or disconnected */
     u8 client_closed_with_descriptor;
+    /* Written after `acceptor`, which is unknown as long as this is 0. */
+    u64 accepted_ns;
     struct credentials client;
     struct credentials listener;
+    struct credentials acceptor;
 };
 
 /* Storage on a listening socket, cloned by the kernel to each child. */

@@ -13,9 +13,10 @@ from typing import NamedTuple
 
 from peercredd.libbpf import KernelError, check, library
 
-_KIND_STRUCT, _KIND_UNION = 4, 5
+# Of the enum in include/uapi/linux/btf.h.
+_KIND_POINTER, _KIND_STRUCT, _KIND_UNION, _KIND_FUNCTION = 2, 4, 5, 12
 # Kinds that only name or qualify another type: typedef, volatile, const,
-# restrict and type tag (enum in include/uapi/linux/btf.h).
+# restrict and type tag.
 _TRANSPARENT = {8, 9, 10, 11, 18}
 
 
@@ -30,6 +31,18 @@ class Member(NamedTuple):
 
 class MemberMissing(KernelError):  # noqa: N818 - a fact, not always an error
     """This kernel's struct has no such member."""
+
+
+class Prototype(NamedTuple):
+    """What a kernel function takes and gives, in C."""
+
+    parameters: tuple[tuple[str, str], ...]
+    """Type and name of each, in their order."""
+    result: str
+
+
+class FunctionMissing(KernelError):  # noqa: N818 - a fact, not always an error
+    """This kernel has no such function, or none that can be traced."""
 
 
 class _Type(ctypes.Structure):
@@ -50,6 +63,10 @@ class _Member(ctypes.Structure):
         ("type", ctypes.c_uint32),
         ("offset", ctypes.c_uint32),
     )
+
+
+class _Parameter(ctypes.Structure):
+    _fields_ = (("name_offset", ctypes.c_uint32), ("type", ctypes.c_uint32))
 
 
 class KernelTypes:
@@ -97,6 +114,39 @@ class KernelTypes:
             type_id = found[1]
         return Member(bits // 8, bits % 8)
 
+    def prototype(self, function: str) -> Prototype:
+        """The parameters and the result of a kernel function.
+
+        Raises:
+            FunctionMissing: this kernel has none of that name, or the compiler has
+                inlined it wherever it is called.
+        """
+        found = self._bpf.btf__find_by_name_kind(self._btf, function.encode(), _KIND_FUNCTION)
+        if found == -errno.ENOENT:
+            raise FunctionMissing(
+                errno.ENOENT, f"this kernel has no function {function}, or has inlined it"
+            )
+        signature = self._type(self._type(check(found, f"find {function}")).size_or_type)
+        first = ctypes.addressof(signature) + ctypes.sizeof(_Type)
+        parameters = (_Parameter * (int(signature.info) & 0xFFFF)).from_address(first)
+        return Prototype(
+            tuple((self._in_c(each.type), self._name(each.name_offset)) for each in parameters),
+            self._in_c(int(signature.size_or_type)),
+        )
+
+    def _in_c(self, type_id: int) -> str:
+        """A type as C writes it: pointers, structs and what has a name of its own."""
+        kind = self._type(type_id)
+        if kind.kind == _KIND_POINTER:
+            inner = self._in_c(int(kind.size_or_type))
+            return f"{inner}*" if inner.endswith("*") else f"{inner} *"
+        name = self._name(kind.name_offset)
+        return f"struct {name}" if kind.kind == _KIND_STRUCT else name or "void"
+
+    def _name(self, offset: int) -> str:
+        name: bytes = self._bpf.btf__name_by_offset(self._btf, offset)
+        return name.decode()
+
     def _struct(self, name: str) -> int:
         result = self._bpf.btf__find_by_name_kind(self._btf, name.encode(), _KIND_STRUCT)
         if result == -errno.ENOENT:
@@ -121,7 +171,7 @@ class KernelTypes:
         for member in (_Member * count).from_address(first):
             offset = int(member.offset) & 0xFFFFFF if has_bitfields else int(member.offset)
             if member.name_offset:
-                if self._bpf.btf__name_by_offset(self._btf, member.name_offset) == name.encode():
+                if self._name(member.name_offset) == name:
                     return offset, int(member.type)
             elif inner := self._find(int(member.type), name):
                 return offset + inner[0], inner[1]

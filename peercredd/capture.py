@@ -9,13 +9,15 @@ import errno
 import os
 import re
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from peercredd import hooks
 from peercredd.btf import KernelTypes, MemberMissing
-from peercredd.libbpf import KernelError
+from peercredd.libbpf import BPF_PROG_TYPE_TRACING, KernelError, can_trace
+from peercredd.mounts import cgroup_level
 
 REQUIRED = {
     "sock_family": "sock.__sk_common.skc_family",
@@ -30,6 +32,7 @@ REQUIRED = {
     "sock_dst_cache": "sock.sk_dst_cache",
     "sock_socket": "sock.sk_socket",
     "sock_err": "sock.sk_err",
+    "sock_flags": "sock.__sk_common.skc_flags",
     "tcp_write_seq": "tcp_sock.write_seq",
     "tcp_rcv_nxt": "tcp_sock.rcv_nxt",
     "tcp_snd_una": "tcp_sock.snd_una",
@@ -55,6 +58,25 @@ REQUIRED = {
     "group_info_gid": "group_info.gid",
 }
 """What no answer can do without: macro name to member. An absent one is an error."""
+
+REQUIRED_OF = {
+    "cgroup": {},
+    "trace": {
+        "sock_state": "sock.__sk_common.skc_state",
+        "tcp_fastopen_rsk": "tcp_sock.fastopen_rsk",
+        "request_listener": "request_sock.__req_common.skc_listener",
+    },
+}
+"""What one hook set needs besides."""
+
+REQUIRED_BY_BOUNDS = {
+    "sock_cgroup": "sock.sk_cgrp_data.cgroup",
+    "cgroup_level": "cgroup.level",
+    "cgroup_ancestors": "cgroup.ancestors",
+    "cgroup_kn": "cgroup.kn",
+    "kernfs_node_id": "kernfs_node.id",
+}
+"""What `trace` needs besides to tell one cgroup's sockets from others."""
 
 BITFIELDS = {
     "tcp_fastopen_connect": "tcp_sock.fastopen_connect",
@@ -95,23 +117,6 @@ OPTIONAL = {
 """Fields of the API's Credentials that a kernel may lack, and what each needs."""
 
 
-class Program(NamedTuple):
-    """A BPF program of a hook set and where it goes (enum bpf_attach_type)."""
-
-    name: str
-    program_type: int
-    attach_type: int
-
-
-# Numbers of include/uapi/linux/bpf.h.
-CGROUP_PROGRAMS = (
-    # Retire comes first and establish last: what is recorded can be retired.
-    Program("cgroup_sock_release", 9, 34),
-    Program("cgroup_connect4", 18, 10),
-    Program("cgroup_connect6", 18, 11),
-    Program("cgroup_sock_ops", 13, 3),
-)
-
 MAPS = (
     "pending",
     "connections",
@@ -129,11 +134,20 @@ MAPS = (
 class Capture(NamedTuple):
     """Loaded programs and their maps, by file descriptor, and the fields this kernel lacks."""
 
-    programs: dict[Program, int]
+    programs: dict[hooks.Program | hooks.Traced, int]
+    """In the order to attach them in."""
     maps: dict[str, int]
     missing_fields: tuple[str, ...]
     bcc: Any
     """Keeps the descriptors open."""
+
+
+class Refused(KernelError):  # noqa: N818 - by the compiler, or by the kernel's verifier
+    """A program was not compiled, or not loaded. `log` is all that was said about it."""
+
+    def __init__(self, what: str, log: str) -> None:
+        super().__init__(errno.EINVAL, f"{what}: {summary(log)}")
+        self.log = log
 
 
 def source_folder() -> Path:
@@ -149,13 +163,15 @@ def source_folder() -> Path:
     raise KernelError(errno.ENOENT, f"the BPF sources are missing from {here}; reinstall peercredd")
 
 
-def member_macros(types: KernelTypes) -> tuple[list[str], tuple[str, ...]]:
+def member_macros(
+    types: KernelTypes, required: dict[str, str]
+) -> tuple[list[str], tuple[str, ...]]:
     """Compiler flags that define every offset, and the optional fields that are missing.
 
     Raises:
         MemberMissing: a required member is not in this kernel.
     """
-    flags = [f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in REQUIRED.items()]
+    flags = [f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in required.items()]
     for macro, path in BITFIELDS.items():
         member = types.member(path)
         flags += [f"-DOFFSET_{macro}={member.offset}", f"-DMASK_{macro}={1 << member.bit}"]
@@ -201,13 +217,44 @@ def source_text(sources: Path, name: str) -> str:
     return "\n".join(lines)
 
 
-def load(max_connections: int, max_pending: int) -> Capture:
-    """Compile the `cgroup` hook set and have the kernel verify it; attaches nothing.
+def load(
+    hook_set: str, max_connections: int, max_pending: int, cgroup: Path | None = None
+) -> Capture:
+    """Compile a hook set and have the kernel verify it; attaches nothing.
+
+    Args:
+        hook_set: one of `hooks.HOOK_SETS`.
+        max_connections: room for established connections.
+        max_pending: room for connections that are being made.
+        cgroup: bounds `trace` to the sockets of this cgroup and of those below;
+            `cgroup` is bounded by where it is attached.
 
     Raises:
         KernelError: BCC or headers are missing, the kernel lacks something that is
             needed, or its verifier refused a program. One line that says which.
     """
+    required = REQUIRED | REQUIRED_OF[hook_set]
+    flags = [f"-DMAX_CONNECTIONS={max_connections}", f"-DMAX_PENDING={max_pending}"]
+    types = KernelTypes()
+    if hook_set == "trace":
+        if not can_trace():
+            raise KernelError(errno.ENOSYS, "this kernel takes no tracing programs (fentry)")
+        flags += hooks.context_macros(types)
+        if cgroup and (level := cgroup_level(cgroup)):
+            required |= REQUIRED_BY_BOUNDS
+            flags += [f"-DCGROUP_ID={cgroup.stat().st_ino}ULL", f"-DCGROUP_LEVEL={level}"]
+    offsets, missing = member_macros(types, required)
+    sources = source_folder()
+    flags += [*offsets, *header_flags(), f"-I{sources}", "-Wno-unused-function"]
+    os.environ["BCC_KERNEL_SOURCE"] = str(sources)
+    with compiler_messages() as messages:
+        bcc = _compile(source_text(sources, f"{hook_set}.c"), flags, messages)
+        loaded = {each: _verified(bcc, each, messages) for each in hooks.PROGRAMS[hook_set]}
+    maps = {name: bcc[name.encode()].map_fd for name in MAPS}
+    return Capture(loaded, maps, missing, bcc)
+
+
+def _compile(text: str, flags: list[str], messages: Callable[[], str]) -> Any:
     try:
         from bcc import BPF
     except ImportError as error:
@@ -217,37 +264,37 @@ def load(max_connections: int, max_pending: int) -> Capture:
             "peercredd from an environment made by /usr/bin/python3 -m venv --system-site-packages",
         ) from error
 
-    sources = source_folder()
-    offsets, missing = member_macros(KernelTypes())
-    flags = [
-        *offsets,
-        *header_flags(),
-        f"-I{sources}",
-        f"-DMAX_CONNECTIONS={max_connections}",
-        f"-DMAX_PENDING={max_pending}",
-        "-Wno-unused-function",
-    ]
-    os.environ["BCC_KERNEL_SOURCE"] = str(sources)
-    with compiler_messages() as messages:
-        try:
-            bcc = BPF(text=source_text(sources, "cgroup.c").encode(), cflags=flags)
-        except Exception as error:
-            raise KernelError(
-                errno.EINVAL, f"BCC cannot compile the BPF programs: {summary(messages())}"
-            ) from error
-        programs = {}
-        for program in CGROUP_PROGRAMS:
-            try:
-                loaded = bcc.load_func(
-                    program.name.encode(), program.program_type, attach_type=program.attach_type
-                )
-            except Exception as error:
-                raise KernelError(
-                    errno.EINVAL, f"the kernel refuses {program.name}: {summary(messages())}"
-                ) from error
-            programs[program] = loaded.fd
-    maps = {name: bcc[name.encode()].map_fd for name in MAPS}
-    return Capture(programs, maps, missing, bcc)
+    class Compiled(BPF):  # type: ignore[misc]
+        def _trace_autoload(self) -> None:
+            """Attach nothing: that is done in an order, and with errors that say why."""
+
+    try:
+        return Compiled(text=text.encode(), cflags=flags)
+    except Exception as error:
+        raise Refused("BCC cannot compile the BPF programs", messages()) from error
+
+
+def _verified(bcc: Any, program: hooks.Program | hooks.Traced, messages: Callable[[], str]) -> int:
+    """A descriptor of the program, loaded."""
+    try:
+        if isinstance(program, hooks.Program):
+            function = bcc.load_func(
+                program.name.encode(), program.program_type, attach_type=program.attach_type
+            )
+        else:
+            function = bcc.load_func(_probe_name(bcc, program.name), BPF_PROG_TYPE_TRACING)
+    except Exception as error:
+        raise Refused(f"the kernel refuses {program.name}", messages()) from error
+    return int(function.fd)
+
+
+def _probe_name(bcc: Any, function: str) -> bytes:
+    """What BCC's KFUNC_PROBE and KRETFUNC_PROBE, which differ by release, call a program."""
+    from bcc import lib
+
+    names = (lib.bpf_function_name(bcc.module, i) for i in range(lib.bpf_num_functions(bcc.module)))
+    name: bytes = next(name for name in names if name.endswith(f"__{function}".encode()))
+    return name
 
 
 @contextmanager

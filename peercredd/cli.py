@@ -198,21 +198,32 @@ def show_config(load: Load, as_json: bool) -> None:
 @main.command(
     epilog=_examples(
         "sudo peercredd check",
+        "sudo peercredd --hooks trace check --verifier-log",
         "sudo peercredd check --json | jq '.checks[] | select(.outcome != \"ok\")'",
     ),
 )
+@click.option(
+    "--verifier-log",
+    is_flag=True,
+    help="Add all that compiler and verifier wrote of what does not load.",
+)
 @click.option("--json", "as_json", is_flag=True, help='One object: {"checks": [...]}.')
 @click.pass_obj
-def check(load: Load, as_json: bool) -> None:
-    """Check whether this machine can run the daemon. Changes nothing.
+def check(load: Load, verifier_log: bool, as_json: bool) -> None:
+    """Check whether this machine can run the daemon. Leaves nothing changed.
 
-    The programs are compiled and shown to the kernel's verifier, and attached to
-    nothing. A check that fails says what mends it; one that cannot tell is
-    "unknown". Exit status 0 when all are ok, else 1.
+    The programs of each hook set are compiled and shown to the kernel's verifier;
+    those of "trace" are attached for an instant too, as only that tells whether
+    they can be. A check that fails says what mends it; one that cannot tell is
+    "unknown", and a hook set that the daemon does not need is "unused": with
+    --hooks auto, one of the two has to work. Exit status 0 when all are ok or
+    unused, else 1.
     """
     from peercredd import preflight
 
     checks = preflight.run(load().config)
+    if not verifier_log:
+        checks = [done._replace(log="") for done in checks]
     if as_json:
         click.echo(json.dumps({"checks": [done._asdict() for done in checks]}, indent=2))
     else:
@@ -221,7 +232,10 @@ def check(load: Load, as_json: bool) -> None:
             click.echo(f"{done.outcome:7}  {done.name:{width}}  {done.detail}")
             if done.mend:
                 click.echo(f"{'':7}  {'':{width}}  mend: {done.mend}")
-    if any(done.outcome != "ok" for done in checks):
+        for done in checks:
+            if done.log:
+                click.echo(f"\nlog of {done.name}:\n{done.log}")
+    if any(done.outcome not in ("ok", "unused") for done in checks):
         sys.exit(1)
 
 

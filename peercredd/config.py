@@ -50,6 +50,14 @@ class Capture(_Table, frozen=True):
         str,
         _path("Folder on a bpffs where maps and attachments are pinned; mounted at /sys/fs/bpf."),
     ] = defaults.PIN_DIR
+    hooks: Annotated[
+        Literal["auto", "trace", "cgroup"],
+        _option(
+            "Hook set that captures. trace records who accepted, too; cgroup works on kernels "
+            "that let nothing trace them. auto is trace where that works, else cgroup.",
+            "auto, trace or cgroup",
+        ),
+    ] = defaults.HOOKS
     cgroup: Annotated[
         str,
         _option(

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import structlog
 
-from peercredd import children, defaults, logs, pins, preflight
+from peercredd import children, defaults, logs, pins, preemption, preflight
 from peercredd.config import Config
 from peercredd.libbpf import KernelError
 from peercredd.listen import ListenError
@@ -85,6 +85,7 @@ async def _live(config: Config, cgroup: Path) -> None:
         {
             "pin_dir": capture.pin_dir,
             "cgroup": str(cgroup),
+            "hooks": capture.hooks,
             "max_connections": capture.max_connections,
             "max_pending": capture.max_pending,
         },
@@ -100,8 +101,11 @@ async def _live(config: Config, cgroup: Path) -> None:
             output = await children.result(loader, "loader", defaults.LOADER_TIMEOUT_SECONDS)
         loaded = json.loads(output)
         ends_capture = not loaded["adopted"]
-        if missing := loaded.get("missing_fields"):
+        about = loaded["about"]
+        if not loaded["adopted"] and (missing := about["missing_fields"]):
             log.warning("this kernel does not provide all of the credentials", missing=missing)
+        if about["hook_set"] == "trace" and (objection := preemption.why_not_to_trace()):
+            log.warning(f"{objection}; use --hooks cgroup")
         if left_out := loaded.get("older", {}).get("left_out"):
             log.warning(
                 "more connections than max_connections were there before capture: of some a "
@@ -113,6 +117,8 @@ async def _live(config: Config, cgroup: Path) -> None:
                 log.info(
                     "serving",
                     socket=api.socket,
+                    hooks=about["hook_set"],
+                    not_in_use=about["unused_hook_sets"],
                     cgroup=str(cgroup),
                     pins=capture.pin_dir,
                     capture="found running" if loaded["adopted"] else "begun",

@@ -10,6 +10,9 @@ CONFIG_FILE: Final = "/etc/peercredd/peercredd.toml"
 PIN_DIR: Final = "/sys/fs/bpf/peercredd"
 """A folder of its own on the bpffs that systemd mounts on every distribution."""
 
+HOOKS: Final = "auto"
+"""Who accepted is worth knowing, and a kernel that locks tracing down should not need a setting."""
+
 CGROUP: Final = "root"
 """Not a path: where cgroup v2 is mounted differs between unified and hybrid hosts."""
 
@@ -43,8 +46,9 @@ LOG_LEVEL: Final = "info"
 LOG_FORMAT: Final = "auto"
 """Text where a person or the journal reads, JSON where a collector does."""
 
-LOADER_TIMEOUT_SECONDS: Final = 60
-"""A load takes a second; a loaded host several. Beyond this it hangs."""
+LOADER_TIMEOUT_SECONDS: Final = 300
+"""A load takes a second, nearly all of it the compiler's; an emulated machine that has other
+work takes more than a minute. Beyond this it hangs."""
 
 SWEEPER_TIMEOUT_SECONDS: Final = 60
 """A sweep takes milliseconds; the next one must not wait for a stuck one for ever."""

@@ -31,7 +31,7 @@ from peercredd.records import (
     Connection,
     Credentials,
 )
-from peercredd.store import Answer, StoreStatus
+from peercredd.store import Answer, Attachment, StoreStatus
 
 ERROR_DOMAIN = "peercred.v1"
 
@@ -85,6 +85,8 @@ def answer(message: pb.LookupResponse, found: Answer, basis: pb.Basis.ValueType)
     message.client_socket_cookie = found.client_socket_cookie
     message.netns_cookie = found.tuple.netns_cookie
     message.established_time_ns = found.established_time_ns
+    if found.acceptor is not None:
+        credentials(message.acceptor, found.acceptor)
 
 
 def connection(message: pb.Connection, record: Connection) -> None:
@@ -103,10 +105,12 @@ def connection(message: pb.Connection, record: Connection) -> None:
     credentials(message.client, record.client)
     if record.listener is not None:
         credentials(message.listener, record.listener)
+    if record.acceptor is not None:
+        credentials(message.acceptor, record.acceptor)
 
 
 def capture(message: pb.GetStatusResponse, status: StoreStatus) -> None:
-    """Fill what is known of the capture: what it runs on, its tables and drops."""
+    """Fill what is known of the capture: its hook set, what it runs on, its tables and drops."""
     message.hook_set = status.hook_set
     message.cgroup = status.cgroup
     message.capture_start_time_ns = status.capture_start_time_ns
@@ -117,6 +121,18 @@ def capture(message: pb.GetStatusResponse, status: StoreStatus) -> None:
     for drop in status.drops:
         message.drops.add(reason=drop.reason, count=drop.occurrences, description=drop.description)
     message.missing_fields.extend(status.missing_fields)
+    for hook_set, reason in status.unused_hook_sets.items():
+        message.unused_hook_sets.add(hook_set=hook_set, reason=reason)
+
+
+def attachment(message: pb.GetStatusResponse.Attachment, program: str, state: Attachment) -> None:
+    """Fill `message`; a figure that the kernel does not give stays absent."""
+    message.program = program
+    message.attached = state.attached
+    if state.run_count is not None:
+        message.run_count = state.run_count
+    if state.missed_count is not None:
+        message.missed_count = state.missed_count
 
 
 def address_text(address: bytes) -> str:

@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # PyDLL keeps the interpreter lock: these calls take a microsecond or so, and
@@ -19,6 +20,9 @@ _libbpf: ctypes.PyDLL | None = None
 BPF_ANY = 0
 BPF_NOEXIST = 1
 BPF_F_RDONLY = 1 << 3
+BPF_PROG_TYPE_TRACING = 26
+_BPF_LINK_TYPE_TRACING = 2
+_BPF_STATS_RUN_TIME = 0
 
 
 class KernelError(OSError):
@@ -69,15 +73,27 @@ class _MapInfo(ctypes.Structure):
     )
 
 
-class _CgroupLinkInfo(ctypes.Structure):
+class _LinkInfo(ctypes.Structure):
     # struct bpf_link_info with the cgroup member of its union.
     _fields_ = (
         ("type", ctypes.c_uint32),
         ("id", ctypes.c_uint32),
-        ("prog_id", ctypes.c_uint32),
+        ("program_id", ctypes.c_uint32),
         ("padding", ctypes.c_uint32),
         ("cgroup_id", ctypes.c_uint64),
         ("attach_type", ctypes.c_uint32),
+    )
+
+
+class _ProgramInfo(ctypes.Structure):
+    # struct bpf_prog_info; what is not read here is left out.
+    _fields_ = (
+        ("type", ctypes.c_uint32),
+        ("id", ctypes.c_uint32),
+        ("left_out", ctypes.c_uint64 * 23),
+        ("run_time_ns", ctypes.c_uint64),
+        ("run_count", ctypes.c_uint64),
+        ("recursion_misses", ctypes.c_uint64),
     )
 
 
@@ -95,7 +111,7 @@ def get_pinned(path: Path, *, read_only: bool = False) -> int:
     return check(library().bpf_obj_get_opts(bytes(path), ctypes.byref(options)), f"open pin {path}")
 
 
-def create_link(program: int, cgroup: int, attach_type: int) -> int:
+def attach_to_cgroup(program: int, cgroup: int, attach_type: int) -> int:
     """Attach a program to a cgroup beside whatever is there; a link's file descriptor.
 
     The attachment lives as long as the descriptor or a pin of it does.
@@ -105,20 +121,86 @@ def create_link(program: int, cgroup: int, attach_type: int) -> int:
     )
 
 
+def attach_to_function(program: int, function: str) -> int:
+    """Attach a tracing program to the kernel function it was loaded for; a link's descriptor."""
+    return check(library().bpf_raw_tracepoint_open(None, program), f"attach to {function}()")
+
+
 def detach_link(link: int) -> None:
-    """Undo an attachment now, whoever else holds the link."""
-    check(library().bpf_link_detach(link), "detach from the cgroup")
+    """Undo an attachment now, whoever else holds the link.
+
+    That of a tracing program cannot be: it ends with the link's last holder.
+    """
+    if _link_info(link).type != _BPF_LINK_TYPE_TRACING:
+        check(library().bpf_link_detach(link), "detach from the cgroup")
 
 
-def link_cgroup_id(link: int) -> int:
-    """Id of the cgroup that a link's program is attached to; 0 once it is detached."""
-    info = _CgroupLinkInfo()
+def link_cgroup_id(link: int) -> int | None:
+    """Id of the cgroup that a link's program is attached to; 0 once it is detached.
+
+    None for a tracing program: it has no such place, and stays as long as its link.
+    """
+    info = _link_info(link)
+    return None if info.type == _BPF_LINK_TYPE_TRACING else int(info.cgroup_id)
+
+
+def program_of(link: int) -> int:
+    """A file descriptor of the program that a link attaches."""
+    identity = ctypes.c_uint32(_link_info(link).program_id)
+    return check(library().bpf_prog_get_fd_by_id(identity), "open an attached program")
+
+
+def run_count(program: int) -> int:
+    """How often a program has run while the kernel was counting."""
+    return int(_program_info(program)[0].run_count)
+
+
+def missed_count(program: int) -> int | None:
+    """How often the kernel skipped a program because it was running on that CPU already.
+
+    None for a program that it never skips, and where it does not tell (before 5.12,
+    9ed9e9ba2337).
+    """
+    info, size = _program_info(program)
+    if info.type != BPF_PROG_TYPE_TRACING or size < ctypes.sizeof(info):
+        return None
+    return int(info.recursion_misses)
+
+
+@contextmanager
+def counting_runs() -> Iterator[None]:
+    """Have the kernel count the runs of all programs meanwhile."""
+    descriptor = check(library().bpf_enable_stats(_BPF_STATS_RUN_TIME), "count runs of programs")
+    try:
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def can_trace() -> bool:
+    """Whether this kernel takes tracing programs at all, as far as trying shows."""
+    return bool(library().libbpf_probe_bpf_prog_type(BPF_PROG_TYPE_TRACING, None) == 1)
+
+
+def _link_info(link: int) -> _LinkInfo:
+    info = _LinkInfo()
     size = ctypes.c_uint32(ctypes.sizeof(info))
     check(
         library().bpf_obj_get_info_by_fd(link, ctypes.byref(info), ctypes.byref(size)),
         "read the state of an attachment",
     )
-    return int(info.cgroup_id)
+    return info
+
+
+def _program_info(program: int) -> tuple[_ProgramInfo, int]:
+    """What the kernel says of a program, and how many bytes of that it knows."""
+    info = _ProgramInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    check(
+        library().bpf_obj_get_info_by_fd(program, ctypes.byref(info), ctypes.byref(size)),
+        "read the state of a program",
+    )
+    return info, size.value
 
 
 class Map:

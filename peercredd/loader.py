@@ -1,15 +1,17 @@
 """The short-lived process that compiles, attaches and pins a capture.
 
-``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, max_connections and
-max_pending; its parent, of that pid, holds the pin directory. Exit status 0: the
+``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, hooks, max_connections
+and max_pending; its parent, of that pid, holds the pin directory. Exit status 0: the
 pins are in place, and standard output has one JSON object; 1: one line on standard
-error says why not, and nothing is left attached. ``--dry-run`` has the kernel
-verify the programs, and attaches nothing.
+error says why not, and nothing is left attached. ``--dry-run HOOK_SET`` has the kernel
+verify the programs; those of `trace` are attached for an instant, to see whether they
+can be. With ``--log``, all that the compiler and the verifier said comes first.
 """
 
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -19,11 +21,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peercredd import capture, older, pins
-from peercredd.libbpf import KernelError, Map, create_link, get_pinned, link_cgroup_id, pin
+from peercredd import capture, hooks, namespaces, older, pins, preemption, trial
+from peercredd.libbpf import (
+    KernelError,
+    Map,
+    attach_to_cgroup,
+    attach_to_function,
+    get_pinned,
+    link_cgroup_id,
+    pin,
+)
 from peercredd.records import ABOUT_SIZE
 
-HOOK_SET = "cgroup"
 _ABOUT_KEY = bytes(4)
 _PR_SET_PDEATHSIG = 1
 
@@ -32,20 +41,37 @@ def main(arguments: list[str]) -> int:
     """Run the loader; returns its exit status."""
     # Half a capture is worse than none: if the daemon dies, so does its loader.
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    if len(arguments) > 1 and os.getppid() != int(arguments[1]):
+    if arguments[1].isdecimal() and os.getppid() != int(arguments[1]):
         return 1  # it died before the line above
     try:
-        if arguments == ["--dry-run"]:
-            loaded = capture.load(max_connections=1024, max_pending=1024)
-            outcome: dict[str, Any] = {"missing_fields": loaded.missing_fields}
+        if arguments[0] == "--dry-run":
+            outcome = dry_run(arguments[1])
         else:
             outcome = start(json.loads(arguments[0]))
     except OSError as error:
+        if "--log" in arguments and isinstance(error, capture.Refused):
+            print(error.log, file=sys.stderr)
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror}", file=sys.stderr)
         return 1
     print(json.dumps(outcome))
     return 0
+
+
+def dry_run(hook_set: str) -> dict[str, Any]:
+    """See whether a hook set would work here.
+
+    Raises:
+        KernelError: it would not.
+    """
+    namespaces.own_cookie()
+    loaded = capture.load(hook_set, max_connections=1024, max_pending=1024)
+    if hook_set == "trace":
+        # The links end with this process.
+        for program, descriptor in loaded.programs.items():
+            attach_to_function(descriptor, program.name)
+        trial.run(loaded.programs)
+    return {"missing_fields": loaded.missing_fields}
 
 
 def start(settings: dict[str, Any]) -> dict[str, Any]:
@@ -54,24 +80,21 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OSError: it could not be loaded or attached, or older connections not be listed.
     """
+    namespaces.own_cookie()
     pin_dir = Path(settings["pin_dir"])
     cgroup = Path(settings["cgroup"])
     fingerprint = _fingerprint(settings, cgroup)
     pins.clean(pin_dir, keep_capture=True)
-    if _is_running(pin_dir, fingerprint, cgroup):
-        return {"adopted": True}
+    if about := _running(pin_dir, fingerprint, cgroup):
+        return {"adopted": True, "about": about}
     pins.clean(pin_dir)
 
-    loaded = capture.load(settings["max_connections"], settings["max_pending"])
-    staged = pins.stage(pin_dir)
     try:
-        for name, descriptor in loaded.maps.items():
-            pin(descriptor, staged / pins.MAPS / name)
-        attach(loaded, cgroup, staged)
+        loaded, staged, hook_sets = _first_that_works(settings, cgroup, pin_dir)
         learnt = older.learn(Map(loaded.maps["older"]))
         about = {
             "fingerprint": fingerprint,
-            "hook_set": HOOK_SET,
+            **hook_sets,
             "cgroup": str(cgroup),
             "started_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             "missing_fields": loaded.missing_fields,
@@ -83,23 +106,64 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     except BaseException:
         pins.clean(pin_dir)
         raise
-    return {"adopted": False, "missing_fields": loaded.missing_fields, "older": learnt}
+    return {"adopted": False, "about": about, "older": learnt}
+
+
+def _first_that_works(
+    settings: dict[str, Any], cgroup: Path, pin_dir: Path
+) -> tuple[capture.Capture, Path, dict[str, Any]]:
+    """A capture, where it is staged, and what to say of the choice."""
+    asked = settings["hooks"]
+    failed: dict[str, str] = {}
+    if asked == "auto" and (objection := preemption.why_not_to_trace()):
+        failed["trace"] = objection
+    for hook_set in hooks.HOOK_SETS if asked == "auto" else (asked,):
+        if hook_set in failed:
+            continue
+        try:
+            loaded = capture.load(
+                hook_set, settings["max_connections"], settings["max_pending"], cgroup
+            )
+            staged = pins.stage(pin_dir)
+            for name, descriptor in loaded.maps.items():
+                pin(descriptor, staged / pins.MAPS / name)
+            attach(loaded, cgroup, staged)
+        except KernelError as error:
+            pins.clean(pin_dir)
+            if asked != "auto":
+                raise
+            failed[hook_set] = str(error.strerror)
+        else:
+            why = "is preferred" if asked == "auto" else "was asked for"
+            others = {
+                name: f"{hook_set} {why} (--hooks {asked})"
+                for name in hooks.HOOK_SETS
+                if name != hook_set
+            }
+            return loaded, staged, {"hook_set": hook_set, "unused_hook_sets": others | failed}
+    reasons = "; ".join(f"{hook_set}: {reason}" for hook_set, reason in failed.items())
+    raise KernelError(errno.ENOSYS, f"no hook set works here: {reasons}")
 
 
 def attach(loaded: capture.Capture, cgroup: Path, staged: Path) -> None:
-    """Attach every program to the cgroup, beside what others attached, and pin the links.
+    """Attach every program, beside what others attached, and pin the links.
 
     Raises:
-        OSError: there is no such cgroup, or the kernel refuses.
+        OSError: there is no such cgroup, or the kernel refuses; or it does not run
+            a program where it should.
     """
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for program, descriptor in loaded.programs.items():
-            link = create_link(descriptor, directory, program.attach_type)
+            if isinstance(program, hooks.Traced):
+                link = attach_to_function(descriptor, program.name)
+            else:
+                link = attach_to_cgroup(descriptor, directory, program.attach_type)
             pin(link, staged / pins.LINKS / program.name)
             os.close(link)
     finally:
         os.close(directory)
+    trial.run(loaded.programs)
 
 
 def read_about(maps: Path) -> dict[str, Any]:
@@ -114,20 +178,30 @@ def read_about(maps: Path) -> dict[str, Any]:
     return about
 
 
-def _is_running(pin_dir: Path, fingerprint: str, cgroup: Path) -> bool:
+def _running(pin_dir: Path, fingerprint: str, cgroup: Path) -> dict[str, Any] | None:
+    """What is said of the running capture, if that is the one which is asked for."""
     running = pins.capture(pin_dir)
     if running is None:
-        return False
+        return None
     try:
-        if read_about(running / pins.MAPS)["fingerprint"] != fingerprint:
-            return False
-        attached = [
-            link_cgroup_id(get_pinned(running / pins.LINKS / program.name))
-            for program in capture.CGROUP_PROGRAMS
+        about = read_about(running / pins.MAPS)
+        if about["fingerprint"] != fingerprint:
+            return None
+        in_place = [
+            _is_in_place(running / pins.LINKS / program.name, cgroup)
+            for program in hooks.PROGRAMS[about["hook_set"]]
         ]
     except (KernelError, ValueError, KeyError):
-        return False
-    return all(identity == cgroup.stat().st_ino for identity in attached)
+        return None
+    return about if all(in_place) else None
+
+
+def _is_in_place(pinned: Path, cgroup: Path) -> bool:
+    link = get_pinned(pinned)
+    try:
+        return link_cgroup_id(link) in (None, cgroup.stat().st_ino)
+    finally:
+        os.close(link)
 
 
 def _fingerprint(settings: dict[str, Any], cgroup: Path) -> str:

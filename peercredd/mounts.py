@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from peercredd.libbpf import KernelError
+
 MOUNTINFO = Path("/proc/self/mountinfo")
 CGROUP_MOUNT = Path("/sys/fs/cgroup")
+_ROOT_CGROUP_ID = 1
+"""Inode number of the host's root cgroup (__kernfs_new_node() in fs/kernfs/dir.c)."""
 
 
 class CgroupError(Exception):
@@ -56,6 +61,22 @@ def cgroup_directory(configured: str, mountinfo: Path = MOUNTINFO) -> Path:
             f"capture.cgroup: {path} is no cgroup v2 directory; name one in {roots[0]}"
         )
     return path
+
+
+def cgroup_level(directory: Path, mountinfo: Path = MOUNTINFO) -> int:
+    """How many cgroups are above one; 0 for the host's root.
+
+    Raises:
+        KernelError: this process sees a part of the hierarchy only (cgroup_namespaces(7)).
+    """
+    for root in mount_points("cgroup2", mountinfo):
+        if directory.is_relative_to(root) and root.stat().st_ino == _ROOT_CGROUP_ID:
+            return len(directory.relative_to(root).parts)
+    raise KernelError(
+        errno.ENOENT,
+        f"{directory} has no known place below the host's root cgroup; run peercredd outside of "
+        "a cgroup namespace, with cgroup v2 mounted whole",
+    )
 
 
 def _how_to_mount(mountinfo: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Final, Literal, NamedTuple
 
 from peercredd import defaults, pins
 from peercredd.config import Config
+from peercredd.hooks import HOOK_SETS
 from peercredd.mounts import CgroupError, cgroup_directory, mount_points
 
 _NEEDED: Final = {"CAP_SYS_ADMIN": 21}
@@ -20,15 +21,26 @@ setns(2) takes this one."""
 
 BTF: Final = Path("/sys/kernel/btf/vmlinux")
 
+LOADER: Final = ("-m", "peercredd.loader")
+"""Arguments for Python."""
+
+_LOADED: Final = {
+    "trace": "compiled, accepted by the kernel's verifier, and attached for an instant",
+    "cgroup": "compiled, and accepted by the kernel's verifier",
+}
+
 
 class Check(NamedTuple):
     """Something that was looked at."""
 
     name: str
-    outcome: Literal["ok", "failed", "unknown"]
+    outcome: Literal["ok", "failed", "unknown", "unused"]
+    """`unused`: a hook set that does not work, or was not tried, and that the daemon can spare."""
     detail: str
     mend: str = ""
     """What to do about it; empty when it is ok."""
+    log: str = ""
+    """All that was said of a failure, compiler and verifier included; may be many lines."""
 
 
 def missing_capabilities() -> list[str]:
@@ -48,10 +60,12 @@ def run(config: Config) -> list[Check]:
         lambda: _cgroup(config.capture.cgroup),
         lambda: _bpffs(Path(config.capture.pin_dir)),
         _bcc,
-        _programs,
     ]
-    with ThreadPoolExecutor(len(checks)) as threads:
-        return [done.result() for done in [threads.submit(check) for check in checks]]
+    hooks = config.capture.hooks
+    with ThreadPoolExecutor(len(checks) + len(HOOK_SETS)) as threads:
+        host = [threads.submit(check) for check in checks]
+        loads = [threads.submit(_loadable, each, hooks) for each in HOOK_SETS]
+        return [done.result() for done in host] + _one_is_enough([done.result() for done in loads])
 
 
 def _capabilities() -> Check:
@@ -106,16 +120,25 @@ def _bcc() -> Check:
     )
 
 
-def _programs() -> Check:
-    name = "programs loadable"
+def _loadable(hook_set: str, hooks: str) -> Check:
+    name = f"{hook_set} loadable"
+    if hooks not in ("auto", hook_set):
+        return Check(name, "unused", f"not tried: capture.hooks is {hooks}")
     if missing_capabilities():
         return Check(name, "unknown", "only root can ask the verifier", "run it as root, with sudo")
     return _child(
         name,
-        ["-m", "peercredd.loader", "--dry-run"],
-        ok="compiled, and accepted by the kernel's verifier",
-        mend="show this to the authors: python -m peercredd.loader --dry-run",
+        [*LOADER, "--dry-run", hook_set, "--log"],
+        ok=_LOADED[hook_set],
+        mend="run another kernel, or show the authors what peercredd check --verifier-log says",
     )
+
+
+def _one_is_enough(loads: list[Check]) -> list[Check]:
+    """With `auto` the daemon takes the hook set that works, so that the other need not."""
+    if all(check.outcome != "ok" for check in loads):
+        return loads
+    return [check if check.outcome == "ok" else check._replace(outcome="unused") for check in loads]
 
 
 def _child(name: str, arguments: list[str], *, ok: str, mend: str) -> Check:
@@ -132,6 +155,6 @@ def _child(name: str, arguments: list[str], *, ok: str, mend: str) -> Check:
         return Check(name, "unknown", f"no answer in {error.timeout:.0f} s", "try again")
     if done.returncode == 0:
         return Check(name, "ok", ok)
-    last_line = (done.stderr.strip().splitlines() or [f"exit status {done.returncode}"])[-1]
+    *log, last_line = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
     detail, _, own_mend = last_line.partition("; ")
-    return Check(name, "failed", detail, own_mend or mend)
+    return Check(name, "failed", detail, own_mend or mend, "\n".join(log))

@@ -91,9 +91,13 @@ CONNECTION_TUPLE_OFFSET = CONNECTION_HEAD.size
 CONNECTION_ENDS = struct.Struct("=I4?")
 """`Ends`; behind the tuple."""
 CONNECTION_ENDS_OFFSET = CONNECTION_TUPLE_OFFSET + TUPLE.size
-CLIENT_OFFSET = CONNECTION_ENDS_OFFSET + CONNECTION_ENDS.size
+CONNECTION_ACCEPTED = struct.Struct("=Q")
+"""accepted_ns."""
+CONNECTION_ACCEPTED_OFFSET = CONNECTION_ENDS_OFFSET + CONNECTION_ENDS.size
+CLIENT_OFFSET = CONNECTION_ACCEPTED_OFFSET + CONNECTION_ACCEPTED.size
 LISTENER_OFFSET = CLIENT_OFFSET + CREDENTIALS.size
-CONNECTION_SIZE = LISTENER_OFFSET + CREDENTIALS.size
+ACCEPTOR_OFFSET = LISTENER_OFFSET + CREDENTIALS.size
+CONNECTION_SIZE = ACCEPTOR_OFFSET + CREDENTIALS.size
 
 ABOUT_SIZE = 4096
 
@@ -183,6 +187,8 @@ class Connection:
     established_time_ns: int
     client: Credentials
     listener: Credentials | None
+    acceptor: Credentials | None
+    """Of the task that called accept(); None as long as nobody has, or none was seen to."""
 
 
 def credentials(data: bytes, offset: int) -> Credentials:
@@ -193,6 +199,12 @@ def credentials(data: bytes, offset: int) -> Credentials:
 def ends(data: bytes) -> Ends:
     """Decode what a ``struct connection`` says of its ends."""
     return Ends._make(CONNECTION_ENDS.unpack_from(data, CONNECTION_ENDS_OFFSET))
+
+
+def acceptor(data: bytes) -> Credentials | None:
+    """Decode what a ``struct connection`` says of the task that called accept()."""
+    (accepted,) = CONNECTION_ACCEPTED.unpack_from(data, CONNECTION_ACCEPTED_OFFSET)
+    return credentials(data, ACCEPTOR_OFFSET) if accepted else None
 
 
 def connection(data: bytes) -> Connection | None:
@@ -208,4 +220,5 @@ def connection(data: bytes) -> Connection | None:
         established_time_ns=established,
         client=credentials(data, CLIENT_OFFSET),
         listener=credentials(data, LISTENER_OFFSET) if listener else None,
+        acceptor=acceptor(data),
     )

@@ -22,7 +22,7 @@ import peercredd
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import encode, keys
 from peercredd.records import V4_MAPPED, Connection
-from peercredd.store import Answer, Reason, StoreStatus
+from peercredd.store import Answer, Attachment, Reason, StoreStatus
 
 MAX_BATCH_KEYS = 1000
 PAGE = 100
@@ -83,8 +83,11 @@ class View(Protocol):
     def status(self) -> StoreStatus:
         """Return what the capture says of itself."""
 
-    def attachments(self) -> dict[str, bool]:
-        """Return for each program whether it is in its place now."""
+    def is_attached(self) -> bool:
+        """Return whether every program is in its place now."""
+
+    def attachments(self) -> dict[str, Attachment]:
+        """Return for each program whether it is in its place now, and how often it ran."""
 
 
 class PeerCredentialsService:
@@ -165,14 +168,13 @@ class PeerCredentialsService:
             netns_cookie=self._view.own_netns_cookie,
         )
         encode.capture(response, self._view.status())
-        for program, attached in self._view.attachments().items():
-            response.attachments.add(program=program, attached=attached)
+        for program, state in self._view.attachments().items():
+            encode.attachment(response.attachments.add(), program, state)
         return response
 
     def capture_in_place(self) -> bool:
         """Whether every program is attached, asked of the kernel now."""
-        attachments = self._view.attachments()
-        return bool(attachments) and all(attachments.values())
+        return self._view.is_attached()
 
     def _result(
         self,

@@ -6,18 +6,28 @@ import json
 import os
 import struct
 import sys
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
 from peercredd import pins, records
-from peercredd.libbpf import KernelError, Map, get_pinned, link_cgroup_id
+from peercredd.libbpf import (
+    KernelError,
+    Map,
+    get_pinned,
+    link_cgroup_id,
+    missed_count,
+    program_of,
+    run_count,
+)
 from peercredd.namespaces import own_cookie
 from peercredd.records import Connection, Credentials, Tuple
 
 _COOKIE = struct.Struct("=Q")
 _DROP_COUNT = struct.Struct("=Q")
+_STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_FTRACE = Path("/proc/sys/kernel/ftrace_enabled")
 _RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 
 
@@ -41,6 +51,19 @@ class Answer(NamedTuple):
     server_socket_cookie: int
     client_socket_cookie: int
     established_time_ns: int
+    acceptor: Credentials | None
+    """Of the task that accepted the connection, where that was seen: a fact beside the answer."""
+
+
+class Attachment(NamedTuple):
+    """A BPF program in its place."""
+
+    attached: bool
+    run_count: int | None
+    """None unless the kernel counts (sysctl kernel.bpf_stats_enabled)."""
+    missed_count: int | None
+    """Runs that the kernel skipped, because the program was running on that CPU already. None
+    where it never does, or does not tell."""
 
 
 class Table(NamedTuple):
@@ -63,6 +86,8 @@ class StoreStatus(NamedTuple):
     """What the capture says of itself."""
 
     hook_set: str
+    unused_hook_sets: dict[str, str]
+    """Name to the reason why it is not in use, one line."""
     cgroup: str
     capture_start_time_ns: int
     tables: tuple[Table, ...]
@@ -97,10 +122,16 @@ class Store:
             self._absences = self._open(capture, "absences")
             self._older = self._open(capture, "older")
             self._drops = self._open(capture, "drops")
-            self._links = {}
-            for pinned in sorted((capture / pins.LINKS).iterdir()):
-                self._links[pinned.name] = get_pinned(pinned)
-                self._resources.callback(os.close, self._links[pinned.name])
+            self._links = {
+                pinned.name: self._hold(get_pinned(pinned))
+                for pinned in sorted((capture / pins.LINKS).iterdir())
+            }
+            self._programs = {
+                name: self._hold(program_of(link)) for name, link in self._links.items()
+            }
+            self._traced = {
+                name for name, link in self._links.items() if link_cgroup_id(link) is None
+            }
             text = self._open(capture, "about").lookup(bytes(4)) or b""
             self._about = json.loads(text.rstrip(b"\0"))
             self.own_netns_cookie = own_cookie()
@@ -163,6 +194,7 @@ class Store:
         """The state of the capture now; counting the tables takes milliseconds."""
         return StoreStatus(
             hook_set=self._about["hook_set"],
+            unused_hook_sets=self._about["unused_hook_sets"],
             cgroup=self._about["cgroup"],
             capture_start_time_ns=self._about["started_ns"],
             tables=tuple(
@@ -176,9 +208,31 @@ class Store:
             missing_fields=tuple(self._about["missing_fields"]),
         )
 
-    def attachments(self) -> dict[str, bool]:
-        """Each BPF program, and whether it is attached to its cgroup at this moment."""
-        return {name: _is_attached(link) for name, link in self._links.items()}
+    def is_attached(self) -> bool:
+        """Whether every program is in its place at this moment."""
+        return bool(self._links) and all(map(self._is_in_place, self._links))
+
+    def attachments(self) -> dict[str, Attachment]:
+        """Each BPF program, whether it is in its place, and how often it ran."""
+        counting = _reads(_STATISTICS, "1")
+        return {
+            name: Attachment(
+                self._is_in_place(name),
+                run_count(program) if counting else None,
+                missed_count(program),
+            )
+            for name, program in self._programs.items()
+        }
+
+    def _is_in_place(self, program: str) -> bool:
+        if program in self._traced:
+            # Its link stays; but without ftrace the kernel does not call it.
+            return not _reads(_FTRACE, "0")
+        return link_cgroup_id(self._links[program]) != 0
+
+    def _hold(self, descriptor: int) -> int:
+        self._resources.callback(os.close, descriptor)
+        return descriptor
 
     def _open(self, capture: Path, name: str) -> Map:
         opened = Map.open(capture / pins.MAPS / name)
@@ -224,11 +278,12 @@ def _answer(data: bytes, asker_is_server: bool) -> Answer | Reason:
         server,
         client,
         established,
+        records.acceptor(data),
     )
 
 
-def _is_attached(link: int) -> bool:
-    try:
-        return link_cgroup_id(link) != 0
-    except KernelError:
-        return False
+def _reads(path: Path, value: str) -> bool:
+    """Whether a sysctl has that value; one that this kernel lacks has none."""
+    with suppress(FileNotFoundError):
+        return path.read_text().strip() == value
+    return False

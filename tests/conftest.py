@@ -10,15 +10,65 @@ import pytest
 import peercred
 from harness.actors import Origin
 from harness.cgroup import Cgroup
-from harness.daemon import HOOK_SETS, Daemon
-from harness.requirements import cannot_run, why_no_kernel, why_no_root
+from harness.daemon import Daemon
+from harness.patience import patient
+from harness.requirements import cannot_run, why_no_hook_set, why_no_kernel, why_no_root
 from harness.stage import Stage
+from peercredd.hooks import HOOK_SETS
+
+CHOSEN_HOOK_SETS = pytest.StashKey[tuple[str, ...]]()
 
 
-def pytest_configure() -> None:
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--hook-set",
+        action="append",
+        choices=HOOK_SETS,
+        help="test with this hook set; may be repeated. "
+        "The default is cgroup, and trace on a kernel that takes it",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
     """Allow these tests, and the processes they start, more than 1024 open files."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    config.addinivalue_line(
+        "markers", "hook_sets(*names): of a promise that only these hook sets can keep"
+    )
+    config.stash[CHOSEN_HOOK_SETS] = tuple(
+        config.getoption("hook_set")
+        or (name for name in HOOK_SETS if name == "cgroup" or not why_no_hook_set(name))
+    )
+
+
+def pytest_report_header(config: pytest.Config) -> list[str]:
+    chosen = config.stash[CHOSEN_HOOK_SETS]
+    left_out = (name for name in HOOK_SETS if name not in chosen)
+    return [
+        f"hook sets: {', '.join(chosen)}",
+        *(f"not {name}: {why_no_hook_set(name) or 'not asked for'}" for name in left_out),
+    ]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run each kernel test once with every hook set."""
+    if "hook_set" in metafunc.fixturenames:
+        only = metafunc.definition.get_closest_marker("hook_sets")
+        names = only.args if only else HOOK_SETS
+        metafunc.parametrize("hook_set", names, indirect=True, scope="session")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the hook sets out that were not chosen, and be patient with a slow machine."""
+    wanted = {*config.stash[CHOSEN_HOOK_SETS], None}
+    config.hook.pytest_deselected(items=[each for each in items if hook_set_of(each) not in wanted])
+    items[:] = [each for each in items if hook_set_of(each) in wanted]
+    for item in items:
+        marked = item.get_closest_marker("timeout")
+        seconds = marked.args[0] if marked else config.getoption("timeout")
+        limit = patient(float(seconds or config.getini("timeout")))
+        item.add_marker(pytest.mark.timeout(limit), append=False)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -26,6 +76,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     for marker, why_not in (("root", why_no_root), ("kernel", why_no_kernel)):
         if item.get_closest_marker(marker) and (reason := why_not()):
             cannot_run(reason)
+    if (hook_set := hook_set_of(item)) and (reason := why_no_hook_set(hook_set)):
+        cannot_run(f"{hook_set}: {reason}")
+
+
+def hook_set_of(item: pytest.Item) -> str | None:
+    """The hook set that a test runs with; None where none is asked for."""
+    callspec = getattr(item, "callspec", None)
+    return callspec.params.get("hook_set") if callspec else None
 
 
 @pytest.hookimpl(wrapper=True)
@@ -41,23 +99,30 @@ def pytest_runtest_makereport(
 
 
 @pytest.fixture(scope="session")
+def hook_set(request: pytest.FixtureRequest) -> str:
+    """The name of a hook set."""
+    name: str = request.param
+    return name
+
+
+@pytest.fixture(scope="session")
 def cgroup() -> Iterator[Cgroup]:
     """A cgroup of this test process's own."""
     with Cgroup() as cgroup:
         yield cgroup
 
 
-@pytest.fixture(scope="session", params=HOOK_SETS)
-def daemon(cgroup: Cgroup, request: pytest.FixtureRequest) -> Iterator[Daemon]:
+@pytest.fixture(scope="session")
+def daemon(cgroup: Cgroup, hook_set: str) -> Iterator[Daemon]:
     """A running daemon that captures in `cgroup`."""
-    with Daemon(cgroup, request.param) as daemon:
+    with Daemon(cgroup, hook_set) as daemon:
         yield daemon
 
 
 @pytest.fixture(scope="session")
 def client(daemon: Daemon) -> Iterator[peercred.Client]:
     """A client of `daemon`."""
-    with peercred.Client(daemon.address) as client:
+    with daemon.client() as client:
         yield client
 
 
@@ -75,20 +140,20 @@ def stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[S
         yield stage
 
 
-@pytest.fixture(scope="session", params=HOOK_SETS)
-def sweeping(request: pytest.FixtureRequest) -> Iterator[tuple[Origin, peercred.Client]]:
+@pytest.fixture(scope="session")
+def sweeping(hook_set: str) -> Iterator[tuple[Origin, peercred.Client]]:
     """Actors and a client of a daemon that sweeps every second what is a second old."""
     with (
         Cgroup() as cgroup,
         Daemon(
             cgroup,
-            request.param,
+            hook_set,
             *("--sweep-interval-seconds", "1"),
             *("--sweep-pending-age-seconds", "1"),
             *("--sweep-record-age-seconds", "1"),
         ) as daemon,
         Origin(cgroup) as origin,
-        peercred.Client(daemon.address) as client,
+        daemon.client() as client,
     ):
         yield origin, client
 

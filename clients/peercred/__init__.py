@@ -28,6 +28,7 @@ from peercred.types import (
     PeerCredentials,
     Status,
     Table,
+    UnusedHookSet,
 )
 
 __all__ = [
@@ -49,4 +50,5 @@ __all__ = [
     "Status",
     "Table",
     "Unavailable",
+    "UnusedHookSet",
 ]

@@ -40,6 +40,7 @@ from peercred.types import (
     PeerCredentials,
     Status,
     Table,
+    UnusedHookSet,
 )
 from peercred.v1 import peer_credentials_pb2 as pb
 
@@ -236,6 +237,9 @@ def peer_credentials(response: pb.LookupResponse) -> PeerCredentials:
         client_socket_cookie=response.client_socket_cookie,
         netns_cookie=response.netns_cookie,
         established_time_ns=response.established_time_ns,
+        acceptor=Credentials(**_fields(response.acceptor))
+        if response.HasField("acceptor")
+        else None,
     )
 
 
@@ -258,6 +262,7 @@ def connection(message: pb.Connection) -> Connection:
         ),
         netns_cookie=message.netns_cookie,
         established_time_ns=message.established_time_ns,
+        acceptor=Credentials(**_fields(message.acceptor)) if message.HasField("acceptor") else None,
     )
 
 
@@ -273,9 +278,12 @@ def status(response: pb.GetStatusResponse) -> Status:
         tables=tuple(Table(t.name, t.entries, t.max_entries) for t in response.tables),
         drops=tuple(Drop(d.reason, d.count, d.description) for d in response.drops),
         missing_fields=tuple(response.missing_fields),
-        attachments=tuple(Attachment(a.program, a.attached) for a in response.attachments),
+        attachments=tuple(map(_attachment, response.attachments)),
         daemon_pid=response.daemon_pid,
         netns_cookie=response.netns_cookie,
+        unused_hook_sets=tuple(
+            UnusedHookSet(u.hook_set, u.reason) for u in response.unused_hook_sets
+        ),
     )
 
 
@@ -383,6 +391,15 @@ def _error_of_status(answer: RpcStatus) -> PeerCredError:
         case code:
             name = code_pb2.Code.Name(code)
             return PeerCredError(f"the daemon failed with {name}: {answer.message}")
+
+
+def _attachment(message: pb.GetStatusResponse.Attachment) -> Attachment:
+    return Attachment(
+        message.program,
+        message.attached,
+        message.run_count if message.HasField("run_count") else None,
+        message.missed_count if message.HasField("missed_count") else None,
+    )
 
 
 def _fields(message: pb.Credentials) -> dict[str, Any]:

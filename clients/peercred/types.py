@@ -36,7 +36,7 @@ class Endpoint:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
-    """Credentials of a task when it called connect() or listen().
+    """Credentials of a task when it called connect(), listen() or accept().
 
     Numbers are those of the initial namespaces. ``None`` is unknown: the
     kernel does not provide the field.
@@ -89,6 +89,10 @@ class PeerCredentials(Credentials):
     client_socket_cookie: int
     netns_cookie: int
     established_time_ns: int
+    acceptor: Credentials | None = None
+    """Who called accept(), at the server's end whichever end asks: a fact beside the answer, never
+    the answer. None where nobody has yet, where accept() was called before the capture began, and
+    always with the hook set "cgroup"."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +110,8 @@ class Connection:
     listener_socket_cookie: int | None
     netns_cookie: int
     established_time_ns: int
+    acceptor: Credentials | None = None
+    """Who called accept(); None as in `PeerCredentials`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +138,19 @@ class Attachment:
 
     program: str
     attached: bool
+    run_count: int | None = None
+    """None unless the kernel counts: sysctl kernel.bpf_stats_enabled=1."""
+    missed_count: int | None = None
+    """How often the kernel left it out, as it was running on that CPU already. None where it
+    never does (hook set "cgroup"), or does not tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class UnusedHookSet:
+    """A hook set that does not capture, and why not."""
+
+    hook_set: str
+    reason: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,6 +159,7 @@ class Status:
 
     version: str
     hook_set: str
+    """The one that captures: "trace" or "cgroup"."""
     kernel_release: str
     cgroup: str
     capture_start_time: datetime
@@ -150,3 +170,4 @@ class Status:
     attachments: tuple[Attachment, ...]
     daemon_pid: int
     netns_cookie: int
+    unused_hook_sets: tuple[UnusedHookSet, ...] = ()

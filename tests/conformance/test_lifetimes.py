@@ -257,6 +257,7 @@ def test_a_disconnected_socket_has_no_peer_and_its_server_still_has(
 def half_close(actor: Actor, fd: int, other: Actor, other_fd: int) -> None:
     actor(steps.shutdown, fd, socket.SHUT_WR)
     other(steps.wait_until_hung_up, other_fd)
+    actor(steps.wait_until_acknowledged, fd)
 
 
 def be_half_closed(actor: Actor, fd: int, other: Actor, other_fd: int) -> None:

@@ -18,8 +18,9 @@ from typing import Generic, ParamSpec, TypeVar, cast
 from harness import actor_process, steps
 from harness.cgroup import Cgroup
 from harness.channel import Descriptor, receive, send
+from harness.patience import patient
 
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = patient(30)
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -121,9 +122,12 @@ class Actor:
 
 
 class Origin:
-    """The process all actors are forked from: small, without threads, in the tests' cgroup."""
+    """The process all actors are forked from: small, without threads, in a cgroup.
 
-    def __init__(self, cgroup: Cgroup) -> None:
+    Without one it stays where the tests are.
+    """
+
+    def __init__(self, cgroup: Cgroup | None) -> None:
         # A copy that every user may read: the project may lie in a private home.
         self._folder = Path(tempfile.mkdtemp(prefix="peercredd-test-"))
         package = Path(__file__).parent
@@ -135,7 +139,8 @@ class Origin:
         with theirs:
             command = actor_process.command(PYTHON, self._folder, theirs.fileno())
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
-        cgroup.add(self._process.pid)
+        if cgroup:
+            cgroup.add(self._process.pid)
         self._actor = Actor(ours, self._process.pid)
         Call[None](self._actor, "starting").result()
         self._actor(actor_process.reap_no_children)

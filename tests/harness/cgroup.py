@@ -8,7 +8,9 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
-WAIT_SECONDS = 30.0
+from harness.patience import patient
+
+WAIT_SECONDS = patient(30)
 
 
 def mount_point() -> Path:
@@ -21,10 +23,12 @@ def mount_point() -> Path:
 
 
 class Cgroup:
-    """A folder right under the mount point, removed with all that lives in it."""
+    """A folder in another, or in the root, removed with all that lives in it."""
 
-    def __init__(self) -> None:
-        self.path = mount_point() / f"peercredd-test-{uuid.uuid4().hex[:12]}"
+    def __init__(self, above: Cgroup | None = None) -> None:
+        self.path = (
+            above.path if above else mount_point()
+        ) / f"peercredd-test-{uuid.uuid4().hex[:12]}"
         self.path.mkdir()
 
     def add(self, pid: int) -> None:

@@ -19,6 +19,7 @@ from collections import Counter
 from typing import Any
 
 from harness import steps
+from harness.patience import patient
 from harness.routes import MAPPED, V4, V6
 
 HELLO = struct.Struct("=II")
@@ -28,7 +29,7 @@ BACKLOG = 4096
 CREDITS = 3000
 """Connections that may be in a server's queues at once: fewer than its backlog."""
 BATCH = 250
-SERVE_SECONDS = 600.0
+SERVE_SECONDS = patient(600)
 
 
 def connect_from_many_processes(
@@ -77,7 +78,7 @@ class Server:
     def __init__(self, address: str, credits_fd: int) -> None:
         import peercred
 
-        self._client = peercred.Client(address, timeout=60)
+        self._client = peercred.Client(address, timeout=patient(60))
         self._credits_fd = credits_fd
         self._listeners = []
         for route in ROUTES:

@@ -16,33 +16,34 @@ import grpc
 
 import peercred
 from harness.cgroup import Cgroup
+from harness.patience import patient
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as rpc
-
-HOOK_SETS = ("cgroup",)
-"""Every kernel test runs once with each."""
 
 RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 """What must be empty when no socket is left."""
 
-START_SECONDS = 60.0
-STOP_SECONDS = 30.0
-EMPTY_SECONDS = 10.0
+START_SECONDS = patient(60)
+STOP_SECONDS = patient(30)
+EMPTY_SECONDS = patient(10)
+CALL_SECONDS = patient(5)
 _NEVER = "86400"
 
 
 class Daemon:
     """A `peercredd` process; its capture covers `cgroup` and nothing else.
 
+    Without a cgroup it covers the host: that is for the `trace` hook set only, which
+    attaches nothing to the root cgroup.
+
     Unless options say otherwise it does not sweep: what a test leaves in a table was
     not retired, and stays to be seen.
     """
 
     def __init__(
-        self, cgroup: Cgroup, hook_set: str, *options: str, pin_dir: Path | None = None
+        self, cgroup: Cgroup | None, hook_set: str, *options: str, pin_dir: Path | None = None
     ) -> None:
-        # Other hook sets get their option here.
-        assert hook_set == "cgroup"
+        assert cgroup or hook_set == "trace"
         self.hook_set = hook_set
         self._folder = tempfile.TemporaryDirectory(prefix="peercredd-test-")
         folder = Path(self._folder.name)
@@ -61,7 +62,8 @@ class Daemon:
                     *("setpriv", "--pdeathsig", "TERM", "--"),
                     *(sys.executable, "-m", "peercredd"),
                     *("--config", str(configuration)),
-                    *("--cgroup", str(cgroup.path)),
+                    *("--cgroup", str(cgroup.path) if cgroup else "root"),
+                    *("--hooks", hook_set),
                     *("--pin-dir", str(self.pin_dir)),
                     *("--socket", str(self.socket)),
                     *("--group", "root"),
@@ -78,6 +80,10 @@ class Daemon:
             self.kill()
             self._unload()
             raise
+
+    def client(self) -> peercred.Client:
+        """A new client of this daemon."""
+        return peercred.Client(self.address, timeout=CALL_SECONDS)
 
     def log(self) -> str:
         """What the daemon has written so far."""
@@ -128,7 +134,7 @@ class Daemon:
             while True:
                 try:
                     rpc.PeerCredentialsStub(channel).GetStatus(
-                        pb.GetStatusRequest(), wait_for_ready=True, timeout=1
+                        pb.GetStatusRequest(), wait_for_ready=True, timeout=patient(1)
                     )
                 except grpc.RpcError as error:
                     if self.process.poll() is not None or time.monotonic() > deadline:

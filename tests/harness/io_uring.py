@@ -1,4 +1,4 @@
-"""connect() through io_uring, in each of the ways that make another task do it."""
+"""connect() and accept() through io_uring, in each of the ways that make another task do it."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from enum import Enum
 
 from harness.syscalls import syscall
 
+_OP_ACCEPT = 13
 _OP_CONNECT = 16
 _SQE_ASYNC = 1 << 4
 _SETUP_SQPOLL = 1 << 1
@@ -24,7 +25,7 @@ _CQE = struct.Struct("=QiI")
 
 
 class Mode(Enum):
-    """Which task ends up in the kernel's connect()."""
+    """Which task ends up in the kernel's connect() or accept()."""
 
     INLINE = "the task that submits"
     WORKER = "a worker thread of the kernel's, on behalf of the task"
@@ -50,7 +51,7 @@ class _Parameters(ctypes.Structure):
 
 
 class Ring:
-    """A ring for one connect() at a time."""
+    """A ring for one call at a time."""
 
     def __init__(self, mode: Mode) -> None:
         self._mode = mode
@@ -69,22 +70,35 @@ class Ring:
         )
 
     def register_credentials(self) -> int:
-        """Keep the calling task's present credentials; returns their number for `connect`."""
+        """Keep the calling task's present credentials; returns their number, a `personality`."""
         return syscall("io_uring_register", self._fd, _REGISTER_PERSONALITY, None, 0)
 
     def connect(self, fd: int, address: bytes, personality: int = 0) -> None:
         """Connect `fd` to a raw sockaddr; raises OSError."""
         buffer = ctypes.create_string_buffer(address, len(address))
+        self._call(_OP_CONNECT, fd, ctypes.addressof(buffer), len(address), personality)
+
+    def accept(self, fd: int, personality: int = 0) -> int:
+        """Accept a connection, blocking; returns its descriptor, raises OSError."""
+        return self._call(_OP_ACCEPT, fd, 0, 0, personality)
+
+    def close(self) -> None:
+        """Give the ring back; the kernel may finish doing so later."""
+        self._ring.close()
+        self._entries.close()
+        os.close(self._fd)
+
+    def _call(self, operation: int, fd: int, address: int, length: int, personality: int) -> int:
         struct.pack_into(
             "=BBHiQQIIQHHI16x",
             self._entries,
             0,
-            _OP_CONNECT,
+            operation,
             _SQE_ASYNC if self._mode is Mode.WORKER else 0,
             0,
             fd,
-            len(address),
-            ctypes.addressof(buffer),
+            length,
+            address,
             0,
             0,
             1,
@@ -98,16 +112,11 @@ class Ring:
         syscall("io_uring_enter", self._fd, 1, 1, flags, None, 0)
         head = self._load(self._at.cq_head)
         at = self._at.cq_cqes + (head & self._load(self._at.cq_ring_mask)) * _CQE.size
-        _, result, _ = _CQE.unpack_from(self._ring, at)
+        result: int = _CQE.unpack_from(self._ring, at)[1]
         self._store(self._at.cq_head, head + 1)
         if result < 0:
             raise OSError(-result, os.strerror(-result))
-
-    def close(self) -> None:
-        """Give the ring back; the kernel may finish doing so later."""
-        self._ring.close()
-        self._entries.close()
-        os.close(self._fd)
+        return result
 
     def _load(self, offset: int) -> int:
         value: int = struct.unpack_from("=I", self._ring, offset)[0]

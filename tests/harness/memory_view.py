@@ -18,7 +18,7 @@ from peercredd.records import (
     Credentials,
     Tuple,
 )
-from peercredd.store import Answer, Drop, Reason, StoreStatus, Table
+from peercredd.store import Answer, Attachment, Drop, Reason, StoreStatus, Table
 
 OWN_NETNS = 1
 LOOPBACK = V4_MAPPED + bytes([127, 0, 0, 1])
@@ -75,6 +75,7 @@ def connection(
     server_port: int = 8080,
     netns_cookie: int = OWN_NETNS,
     listener_cookie: int = 30,
+    acceptor_uid: int | None = None,
 ) -> Connection:
     return Connection(
         tuple=Tuple(netns_cookie, address, address, client_port, server_port),
@@ -84,6 +85,7 @@ def connection(
         established_time_ns=9_000_000_003,
         client=credentials(client_uid),
         listener=credentials(2000) if listener_cookie else None,
+        acceptor=None if acceptor_uid is None else credentials(acceptor_uid),
     )
 
 
@@ -96,6 +98,8 @@ class MemoryView:
         self.connections = {found.server_socket_cookie: found for found in connections}
         self.reasons: dict[int, Reason] = {}
         self.attached = {"connect4": True, "sock_ops": True}
+        self.counts: dict[str, tuple[int | None, int | None]] = {}
+        """Runs and missed runs, of the programs that have such figures."""
         self.attachments_asked = 0
 
     def find_by_socket(self, cookie: int) -> Answer | Reason:
@@ -130,11 +134,18 @@ class MemoryView:
             tables=(Table("connections", len(self.connections), 131072),),
             drops=(Drop("PENDING_FULL", 0, "no room"), Drop("OTHER_SYN", 3, "another SYN")),
             missing_fields=("login_uid",),
+            unused_hook_sets={"trace": "the kernel cannot attach to tcp_connect"},
         )
 
-    def attachments(self) -> dict[str, bool]:
+    def is_attached(self) -> bool:
         self.attachments_asked += 1
-        return self.attached
+        return bool(self.attached) and all(self.attached.values())
+
+    def attachments(self) -> dict[str, Attachment]:
+        return {
+            program: Attachment(attached, *self.counts.get(program, (None, None)))
+            for program, attached in self.attached.items()
+        }
 
 
 def _answer(found: Connection, *, asker_is_server: bool) -> Answer:
@@ -147,4 +158,5 @@ def _answer(found: Connection, *, asker_is_server: bool) -> Answer:
         server_socket_cookie=found.server_socket_cookie,
         client_socket_cookie=found.client_socket_cookie,
         established_time_ns=found.established_time_ns,
+        acceptor=found.acceptor,
     )

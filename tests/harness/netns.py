@@ -11,9 +11,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import ParamSpec, TypeVar
 
+from harness.patience import patient
 from harness.syscalls import CLONE_NEWNET, syscall
 
-WAIT_SECONDS = 30.0
+WAIT_SECONDS = patient(30)
 
 P = ParamSpec("P")
 R = TypeVar("R")

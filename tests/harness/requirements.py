@@ -13,6 +13,7 @@ from typing import NoReturn
 import pytest
 
 from harness.cgroup import mount_point
+from peercredd.libbpf import can_trace
 
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _BPF_MAP_CREATE = 0
@@ -46,6 +47,16 @@ def why_no_kernel() -> str | None:
     if not bcc or not bcc.origin or not Path(bcc.origin).with_name("libbcc.py").exists():
         return "no BCC: install python3-bpfcc, and use a venv with --system-site-packages"
     return _why_no_bpf()
+
+
+@functools.cache
+def why_no_hook_set(name: str) -> str | None:
+    """Why this machine cannot capture with a hook set; None where it can."""
+    if reason := why_no_kernel():
+        return reason
+    if name == "trace" and not can_trace():
+        return "this kernel takes no tracing programs: boot one that has fentry"
+    return None
 
 
 def _why_no_bpf() -> str | None:

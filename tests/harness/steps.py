@@ -33,6 +33,7 @@ TCP_FASTOPEN_CONNECT = 30
 TCPI_OPT_SYN_DATA = 32
 IPV6_ADDRFORM = 1
 TCP_ESTABLISHED = 1
+TCP_FIN_WAIT1 = 4
 TCP_CLOSE = 7
 
 P = ParamSpec("P")
@@ -285,16 +286,22 @@ class ByRing:
 
     def __call__(self, fds: Both[int], targets: Addresses) -> None:
         ring = Ring(self.mode)
-        personality = 0
-        if self.uid is not None:
-            own = os.geteuid()
-            os.setresuid(-1, self.uid, -1)
-            personality = ring.register_credentials()
-            os.setresuid(-1, own, -1)
+        personality = _personality(ring, self.uid)
         for fd, target in zip(fds, targets, strict=True):
             with _borrow(fd) as sock:
                 ring.connect(fd, sockaddr(sock.family, target), personality)
         ring.close()
+
+
+def _personality(ring: Ring, uid: int | None) -> int:
+    """Register credentials with that effective uid; 0, the task's own, for None."""
+    if uid is None:
+        return 0
+    own = os.geteuid()
+    os.setresuid(-1, uid, -1)
+    personality = ring.register_credentials()
+    os.setresuid(-1, own, -1)
+    return personality
 
 
 def accept(fds: Both[int]) -> Both[int]:
@@ -307,6 +314,43 @@ def accept_one(fd: int) -> int:
     with _borrow(fd) as sock:
         sock.setblocking(True)
         return sock.accept()[0].detach()
+
+
+def accept_without_flags(fd: int) -> int:
+    """accept(2) on one transport, blocking, where Python calls accept4(2)."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    accepted: int = libc.accept(fd, None, None)
+    if accepted < 0:
+        raise OSError(ctypes.get_errno(), "accept")
+    return accepted
+
+
+def accept_nonblocking(fd: int) -> int:
+    """accept() on one transport that has nothing to wait for any more."""
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    poll.poll()
+    with _borrow(fd) as sock:
+        sock.setblocking(False)
+        accepted = sock.accept()[0]
+        accepted.setblocking(True)
+        return accepted.detach()
+
+
+class AcceptByRing:
+    """accept() through io_uring; with `uid`, under credentials registered for that user."""
+
+    def __init__(self, mode: Mode, uid: int | None = None) -> None:
+        self.mode, self.uid = mode, uid
+
+    def __call__(self, fd: int) -> int:
+        ring = Ring(self.mode)
+        try:
+            return ring.accept(fd, _personality(ring, self.uid))
+        finally:
+            ring.close()
 
 
 def accept_any(fds: tuple[int, ...]) -> tuple[int, int]:
@@ -379,6 +423,12 @@ def wait_until_hung_up(fd: int) -> None:
     poll = select.poll()
     poll.register(fd, select.POLLRDHUP)
     poll.poll()
+
+
+def wait_until_acknowledged(fd: int) -> None:
+    """Wait until the other end has acknowledged that this TCP socket was shut down."""
+    while tcp_info(fd)[0] == TCP_FIN_WAIT1:
+        os.sched_yield()
 
 
 def wait_until_closed(fd: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+from pathlib import Path
 
 CLONE_NEWUSER = 0x10000000
 CLONE_NEWPID = 0x20000000
@@ -20,6 +21,7 @@ _NUMBERS = {
         "setresgid": 119,
         "setgroups": 116,
         "exit": 60,
+        "accept4": 288,
         "unshare": 272,
         "setns": 308,
     },
@@ -28,6 +30,7 @@ _NUMBERS = {
         "setresgid": 149,
         "setgroups": 159,
         "exit": 93,
+        "accept4": 242,
         "unshare": 97,
         "setns": 268,
     },
@@ -50,6 +53,11 @@ def syscall(name: str, *arguments: object) -> int:
         errno = ctypes.get_errno()
         raise OSError(errno, f"{name}: {os.strerror(errno)}")
     return result
+
+
+def is_in(name: str, pid: int) -> bool:
+    """Whether a process sleeps in a system call."""
+    return Path(f"/proc/{pid}/syscall").read_text().split()[0] == str(_NUMBERS[name])
 
 
 def set_thread_credentials(uid: int, gid: int, groups: tuple[int, ...]) -> None:

@@ -7,7 +7,6 @@ from contextlib import ExitStack
 
 import pytest
 
-import peercred
 from harness import steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
@@ -22,13 +21,13 @@ LIMIT = 4
 
 
 @pytest.fixture
-def crowded(origin: Origin, cgroup: Cgroup) -> Iterator[Stage]:
+def crowded(origin: Origin, cgroup: Cgroup, hook_set: str) -> Iterator[Stage]:
     """A stage whose daemon has little room."""
     with ExitStack() as resources:
         daemon = resources.enter_context(
-            Daemon(cgroup, "cgroup", f"--max-connections={LIMIT}", f"--max-pending={LIMIT}")
+            Daemon(cgroup, hook_set, f"--max-connections={LIMIT}", f"--max-pending={LIMIT}")
         )
-        client = resources.enter_context(peercred.Client(daemon.address))
+        client = resources.enter_context(daemon.client())
         yield resources.enter_context(Stage(origin, client))
 
 

@@ -16,8 +16,8 @@ pytestmark = pytest.mark.kernel
 
 
 @pytest.fixture(scope="module")
-def compiled() -> Any:
-    return capture.load(max_connections=64, max_pending=64).bcc
+def compiled(hook_set: str) -> Any:
+    return capture.load(hook_set, max_connections=64, max_pending=64).bcc
 
 
 def offsets(layout: struct.Struct) -> Iterator[int]:
@@ -83,8 +83,10 @@ def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
         **dict(zip(head, offsets(records.CONNECTION_HEAD), strict=True)),
         "tuple": records.CONNECTION_TUPLE_OFFSET,
         **dict(zip(happened, (ends + at for at in offsets(records.CONNECTION_ENDS)), strict=True)),
+        "accepted_ns": records.CONNECTION_ACCEPTED_OFFSET,
         "client": records.CLIENT_OFFSET,
         "listener": records.LISTENER_OFFSET,
+        "acceptor": records.ACCEPTOR_OFFSET,
     }
     assert ctypes.sizeof(leaf) == records.CONNECTION_SIZE
 

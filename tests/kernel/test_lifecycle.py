@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
-import signal
+import random
 import subprocess
 import sys
 import textwrap
@@ -19,7 +18,7 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 import peercred
-from harness import steps
+from harness import programs, steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
@@ -27,65 +26,76 @@ from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, BOB, SERVICE
 from peercredd import capture, pins
+from peercredd.hooks import PROGRAMS
 from peercredd.libbpf import detach_link, get_pinned, library, link_cgroup_id
 
 pytestmark = pytest.mark.kernel
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-SETTINGS = {"max_connections": 1024, "max_pending": 1024}
+
+
+class Place:
+    """Where captures of one test's own come and go."""
+
+    def __init__(self, cgroup: Cgroup, hook_set: str) -> None:
+        self.cgroup = cgroup
+        self.pin_dir = Path(f"/sys/fs/bpf/peercredd-test-{uuid4().hex[:12]}")
+        self.links = self.pin_dir / pins.CAPTURE / pins.LINKS
+        self.hook_set = hook_set
+        self.programs = [program.name for program in PROGRAMS[hook_set]]
+        # What tells this place's programs from those that others attach meanwhile.
+        self.table_size = random.randrange(1025, 16384)
+        self.settings = {
+            "pin_dir": str(self.pin_dir),
+            "cgroup": str(cgroup.path),
+            "hooks": hook_set,
+            "max_connections": self.table_size,
+            "max_pending": self.table_size,
+        }
+
+    def daemon(self, *options: str) -> Daemon:
+        sizes = (f"--max-connections={self.table_size}", f"--max-pending={self.table_size}")
+        return Daemon(self.cgroup, self.hook_set, *sizes, *options, pin_dir=self.pin_dir)
+
+    def load(self, **settings: object) -> subprocess.CompletedProcess[str]:
+        """Run a loader; the caller holds the pin directory."""
+        return subprocess.run(
+            [
+                *(sys.executable, "-m", "peercredd.loader"),
+                *(json.dumps({**self.settings, **settings}), str(os.getpid())),
+            ],
+            check=False,
+            capture_output=True,
+            text=True,
+        )
+
+    def unload(self) -> None:
+        """Have the daemon's program end the capture that nobody holds."""
+        command = [sys.executable, "-m", "peercredd", "--pin-dir", str(self.pin_dir), "unload"]
+        subprocess.run(command, check=True)
+
+    def assert_attached_once(self) -> None:
+        programs.wait_until_attached(self.table_size, len(self.programs))
+
+    def assert_nothing_attached(self) -> None:
+        programs.wait_until_attached(self.table_size, 0)
 
 
 @pytest.fixture
-def own_cgroup() -> Iterator[Cgroup]:
+def place(hook_set: str) -> Iterator[Place]:
     with Cgroup() as cgroup:
-        yield cgroup
+        place = Place(cgroup, hook_set)
+        yield place
+        if place.pin_dir.exists():
+            pins.remove(place.pin_dir)
 
 
-@pytest.fixture
-def pin_dir() -> Iterator[Path]:
-    pin_dir = Path(f"/sys/fs/bpf/peercredd-test-{uuid4().hex[:12]}")
-    yield pin_dir
-    if pin_dir.exists():
-        pins.remove(pin_dir)
-
-
-def attached(cgroup: Cgroup) -> dict[str, int]:
-    """How many programs each place of a cgroup has."""
-    directory = os.open(cgroup.path, os.O_RDONLY)
-    counts = {}
-    try:
-        for program in capture.CGROUP_PROGRAMS:
-            count = ctypes.c_uint32(64)
-            identities = (ctypes.c_uint32 * 64)()
-            flags = ctypes.c_uint32()
-            assert not library().bpf_prog_query(
-                directory,
-                program.attach_type,
-                0,
-                ctypes.byref(flags),
-                identities,
-                ctypes.byref(count),
-            )
-            counts[program.name] = count.value
-    finally:
-        os.close(directory)
-    return counts
-
-
-NONE = {program.name: 0 for program in capture.CGROUP_PROGRAMS}
-ONE = {program.name: 1 for program in capture.CGROUP_PROGRAMS}
-
-
-def run_daemon(cgroup: Cgroup, pin_dir: Path, *options: str) -> Daemon:
-    return Daemon(cgroup, "cgroup", *options, pin_dir=pin_dir)
-
-
-def test_capture_goes_on_while_a_killed_daemon_is_down(own_cgroup: Cgroup, pin_dir: Path) -> None:
+def test_capture_goes_on_while_a_killed_daemon_is_down(place: Place) -> None:
     with ExitStack() as resources:
-        origin = resources.enter_context(Origin(own_cgroup))
-        first = run_daemon(own_cgroup, pin_dir)
-        stage = Stage(origin, resources.enter_context(peercred.Client(first.address)))
+        origin = resources.enter_context(Origin(place.cgroup))
+        first = place.daemon()
+        stage = Stage(origin, resources.enter_context(first.client()))
         server, before, while_down = (stage.actor(uid) for uid in (SERVICE, ALICE, BOB))
         listener = stage.listen(server, V4)
         stage.connect(before, listener)
@@ -94,56 +104,67 @@ def test_capture_goes_on_while_a_killed_daemon_is_down(own_cgroup: Cgroup, pin_d
         stage.connect(while_down, listener)
         accepted_while_down = server(steps.accept, listener.fds)
 
-        second = resources.enter_context(run_daemon(own_cgroup, pin_dir))
-        stage.client = resources.enter_context(peercred.Client(second.address))
+        second = resources.enter_context(place.daemon())
+        stage.client = resources.enter_context(second.client())
         resources.enter_context(stage)
-        assert attached(own_cgroup) == ONE
+        place.assert_attached_once()
         assert stage.peer(server, accepted_before)[:2] == (before.pid, ALICE)
         assert stage.peer(server, accepted_while_down)[:2] == (while_down.pid, BOB)
-    assert attached(own_cgroup) == NONE
+    place.assert_nothing_attached()
 
 
-def test_a_second_daemon_on_the_same_pins_names_the_first(
-    own_cgroup: Cgroup, pin_dir: Path
-) -> None:
-    with run_daemon(own_cgroup, pin_dir) as first:
+def test_a_second_daemon_on_the_same_pins_names_the_first(place: Place) -> None:
+    with place.daemon() as first:
         with pytest.raises(RuntimeError, match=f"held by process {first.process.pid}"):
-            run_daemon(own_cgroup, pin_dir)
-        assert attached(own_cgroup) == ONE
-        with peercred.Client(first.address) as client:
+            place.daemon()
+        place.assert_attached_once()
+        with first.client() as client:
             assert client.status().daemon_pid == first.process.pid
 
 
-def test_keep_leaves_the_capture_and_unload_ends_it(own_cgroup: Cgroup, pin_dir: Path) -> None:
-    daemon = run_daemon(own_cgroup, pin_dir, "--keep")
-    daemon.close(keeps=True)
-    assert attached(own_cgroup) == ONE
+def test_keep_leaves_the_capture_and_unload_ends_it(place: Place) -> None:
+    place.daemon("--keep").close(keeps=True)
+    place.assert_attached_once()
 
-    unload = [sys.executable, "-m", "peercredd", "--pin-dir", str(pin_dir), "unload"]
-    assert subprocess.run(unload, check=False).returncode == 0
-    assert attached(own_cgroup) == NONE
-    assert not pin_dir.exists()
+    place.unload()
+    place.assert_nothing_attached()
+    assert not place.pin_dir.exists()
 
 
-def test_other_settings_replace_a_kept_capture(own_cgroup: Cgroup, pin_dir: Path) -> None:
-    daemon = run_daemon(own_cgroup, pin_dir, "--keep")
-    daemon.close(keeps=True)
+def test_unload_ends_the_capture_of_a_daemon_that_was_killed(place: Place) -> None:
+    place.daemon().kill()
+    place.assert_attached_once()
 
-    with (
-        run_daemon(own_cgroup, pin_dir, "--max-connections", "77") as second,
-        peercred.Client(second.address) as client,
-    ):
+    place.unload()
+    place.assert_nothing_attached()
+    assert not place.pin_dir.exists()
+
+
+def test_other_settings_replace_a_kept_capture(place: Place) -> None:
+    place.daemon("--keep").close(keeps=True)
+
+    with place.daemon("--max-connections", "77") as second, second.client() as client:
         limits = {table.name: table.max_entries for table in client.status().tables}
         assert limits["connections"] == 77
-        assert attached(own_cgroup) == ONE
+        place.assert_attached_once()
+
+
+@pytest.mark.hook_sets("trace")
+def test_another_hook_set_replaces_a_kept_capture(place: Place) -> None:
+    place.daemon("--keep").close(keeps=True)
+
+    with place.daemon("--hooks", "cgroup") as second, second.client() as client:
+        assert client.status().hook_set == "cgroup"
+        programs.wait_until_attached(place.table_size, len(PROGRAMS["cgroup"]))
 
 
 KILLED_LOADER = textwrap.dedent(
     """
-    import os, signal, sys
-    from peercredd import loader, pins
+    import functools, os, signal, sys
+    from peercredd import capture, loader, pins
 
-    calls = int(sys.argv[1])
+    settings, pin_dir = sys.argv[1], pins.Path(sys.argv[2])
+    capture.load = functools.cache(capture.load)
 
     def counted(function):
         def wrapper(*arguments):
@@ -154,93 +175,117 @@ KILLED_LOADER = textwrap.dedent(
             return function(*arguments)
         return wrapper
 
-    loader.pin = counted(loader.pin)
-    loader.create_link = counted(loader.create_link)
-    loader.older.learn = counted(loader.older.learn)
-    pins.publish = counted(pins.publish)
-    sys.exit(loader.main(sys.argv[2:]))
+    for module, name in (
+        *((loader, name) for name in ("pin", "attach_to_cgroup", "attach_to_function")),
+        (loader.trial, "run"), (loader.older, "learn"), (pins, "publish"),
+    ):
+        setattr(module, name, counted(getattr(module, name)))
+
+    # Compiled once, here: those that are killed inherit it.
+    given = loader.json.loads(settings)
+    names = ("hooks", "max_connections", "max_pending")
+    capture.load(*(given[name] for name in names), loader.Path(given["cgroup"]))
+    survived = -1
+    status = signal.SIGKILL
+    while status == signal.SIGKILL:
+        survived += 1
+        parent = os.getpid()
+        if not (pid := os.fork()):
+            calls = survived
+            os._exit(loader.main([settings, str(parent)]))
+        assert pins.capture(pin_dir) is None
+        status = os.waitpid(pid, 0)[1]
+    assert status == 0, status
+    print(survived)
     """
 )
 
 
-def test_a_loader_killed_at_any_step_is_cleaned_up_at_the_next_start(
-    own_cgroup: Cgroup, pin_dir: Path
-) -> None:
-    settings = {**SETTINGS, "pin_dir": str(pin_dir), "cgroup": str(own_cgroup.path)}
-    steps_of_a_load = len(capture.MAPS) + 2 * len(capture.CGROUP_PROGRAMS) + 2
-    with pins.hold(pin_dir):
-        for calls in range(steps_of_a_load):
-            killed = subprocess.run(
-                [sys.executable, "-c", KILLED_LOADER, str(calls), json.dumps(settings)],
-                check=False,
-                capture_output=True,
-            )
-            assert killed.returncode == -signal.SIGKILL, killed
-            assert pins.capture(pin_dir) is None
-        whole = subprocess.run(
-            [sys.executable, "-m", "peercredd.loader", json.dumps(settings)],
+def test_a_loader_killed_at_any_step_is_cleaned_up_at_the_next_start(place: Place) -> None:
+    with pins.hold(place.pin_dir):
+        killing = subprocess.run(
+            [sys.executable, "-c", KILLED_LOADER, json.dumps(place.settings), str(place.pin_dir)],
             check=True,
-            capture_output=True,
-        )
-        assert json.loads(whole.stdout)["adopted"] is False
-        assert [entry.name for entry in pin_dir.iterdir()] == [pins.CAPTURE]
-        assert attached(own_cgroup) == ONE
-
-
-def test_a_loader_that_fails_leaves_nothing_attached(own_cgroup: Cgroup, pin_dir: Path) -> None:
-    settings = {**SETTINGS, "pin_dir": str(pin_dir), "cgroup": str(own_cgroup.path / "gone")}
-    with pins.hold(pin_dir):
-        failed = subprocess.run(
-            [sys.executable, "-m", "peercredd.loader", json.dumps(settings)],
-            check=False,
-            capture_output=True,
+            stdout=subprocess.PIPE,
             text=True,
         )
+        # Each map is pinned, each program attached and pinned; then there are three more.
+        *_, calls = killing.stdout.splitlines()
+        assert int(calls) == len(capture.MAPS) + 2 * len(place.programs) + 3
+        assert [entry.name for entry in place.pin_dir.iterdir()] == [pins.CAPTURE]
+        place.assert_attached_once()
+
+
+def test_a_loader_that_fails_leaves_nothing_attached(place: Place) -> None:
+    with pins.hold(place.pin_dir):
+        failed = place.load(cgroup=str(place.cgroup.path / "gone"))
         assert failed.returncode == 1
         assert len(failed.stderr.splitlines()) == 1, failed.stderr
-        assert list(pin_dir.iterdir()) == []
+        assert list(place.pin_dir.iterdir()) == []
+    place.assert_nothing_attached()
 
 
-def test_a_detached_program_is_noticed_and_replaced_at_the_next_start(
-    own_cgroup: Cgroup, pin_dir: Path
+def test_a_link_that_is_missing_is_noticed_and_all_are_replaced_at_the_next_start(
+    place: Place,
 ) -> None:
-    daemon = run_daemon(own_cgroup, pin_dir, "--keep")
-    daemon.close(keeps=True)
-    link = get_pinned(pin_dir / pins.CAPTURE / pins.LINKS / "cgroup_sock_ops")
+    place.daemon("--keep").close(keeps=True)
+    (place.links / place.programs[0]).unlink()
+
+    with place.daemon():
+        place.assert_attached_once()
+
+
+@pytest.mark.hook_sets("cgroup")
+def test_a_detached_program_is_noticed_and_replaced_at_the_next_start(place: Place) -> None:
+    place.daemon("--keep").close(keeps=True)
+    link = get_pinned(place.links / "cgroup_sock_ops")
     assert not library().bpf_link_detach(link)
     assert link_cgroup_id(link) == 0
     os.close(link)
 
-    with run_daemon(own_cgroup, pin_dir):
-        assert attached(own_cgroup) == ONE
+    with place.daemon():
+        place.assert_attached_once()
 
 
-def test_a_daemon_that_cannot_serve_leaves_the_capture_that_it_found(
-    own_cgroup: Cgroup, pin_dir: Path
-) -> None:
-    run_daemon(own_cgroup, pin_dir, "--keep").close(keeps=True)
+@pytest.mark.hook_sets("trace")
+def test_nobody_can_detach_a_tracing_program_while_a_daemon_runs(place: Place) -> None:
+    with place.daemon() as daemon, daemon.client() as client:
+        link = get_pinned(place.links / "tcp_connect")
+        assert library().bpf_link_detach(link)
+        os.close(link)
+        for pinned in place.links.iterdir():
+            pinned.unlink()
+
+        place.assert_attached_once()
+        assert all(each.attached for each in client.status().attachments)
+
+
+def test_a_daemon_that_cannot_serve_leaves_the_capture_that_it_found(place: Place) -> None:
+    place.daemon("--keep").close(keeps=True)
 
     with pytest.raises(RuntimeError, match="/dev/null"):
-        run_daemon(own_cgroup, pin_dir, "--socket", "/dev/null")
-    assert attached(own_cgroup) == ONE
+        place.daemon("--socket", "/dev/null")
+    place.assert_attached_once()
 
 
-def test_health_and_lookups_say_at_once_that_a_program_is_detached(
-    own_cgroup: Cgroup, pin_dir: Path
-) -> None:
+@pytest.mark.hook_sets("cgroup")
+def test_health_and_lookups_say_at_once_that_a_program_is_detached(place: Place) -> None:
     with (
-        run_daemon(own_cgroup, pin_dir) as daemon,
+        place.daemon() as daemon,
         grpc.insecure_channel(daemon.address) as channel,
     ):
         check = health_pb2_grpc.HealthStub(channel).Check
         assert check(health_pb2.HealthCheckRequest()).status == SERVING
-        link = get_pinned(pin_dir / pins.CAPTURE / pins.LINKS / "cgroup_sock_ops")
+        link = get_pinned(place.links / "cgroup_sock_ops")
         detach_link(link)
         os.close(link)
 
         assert check(health_pb2.HealthCheckRequest()).status == NOT_SERVING
-        with peercred.Client(daemon.address) as client:
+        with daemon.client() as client:
             attachments = {each.program: each.attached for each in client.status().attachments}
-            assert attachments == {**dict.fromkeys(ONE, True), "cgroup_sock_ops": False}
+            assert attachments == {
+                **dict.fromkeys(place.programs, True),
+                "cgroup_sock_ops": False,
+            }
             with pytest.raises(peercred.Unavailable, match="capture is not in place"):
                 client.lookup_cookie(1 << 62)

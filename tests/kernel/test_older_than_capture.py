@@ -35,7 +35,7 @@ def scene(stage: Stage, request: pytest.FixtureRequest) -> Scene:
 @pytest.fixture
 def late(scene: Scene, cgroup: Cgroup, daemon: Daemon) -> Iterator[peercred.Client]:
     """A client of a daemon that started after the scene was set."""
-    with Daemon(cgroup, daemon.hook_set) as second, peercred.Client(second.address) as client:
+    with Daemon(cgroup, daemon.hook_set) as second, second.client() as client:
         yield client
 
 

@@ -2,6 +2,7 @@ import fcntl
 import json
 import os
 import pty
+import re
 import signal
 import struct
 import subprocess
@@ -137,6 +138,30 @@ def status() -> pb.GetStatusResponse:
         ],
         daemon_pid=77,
         netns_cookie=1,
+        unused_hook_sets=[
+            pb.GetStatusResponse.UnusedHookSet(
+                hook_set="trace", reason="the kernel cannot attach to tcp_connect"
+            )
+        ],
+    )
+
+
+def traced(*, missed: int) -> pb.GetStatusResponse:
+    return pb.GetStatusResponse(
+        hook_set="trace",
+        attachments=[
+            pb.GetStatusResponse.Attachment(
+                program="tcp_connect", attached=True, run_count=1000, missed_count=missed
+            ),
+            pb.GetStatusResponse.Attachment(
+                program="inet_csk_accept", attached=True, run_count=0, missed_count=0
+            ),
+        ],
+        unused_hook_sets=[
+            pb.GetStatusResponse.UnusedHookSet(
+                hook_set="cgroup", reason="trace is preferred (--hooks auto)"
+            )
+        ],
     )
 
 
@@ -169,9 +194,19 @@ def host_check(peercred: Peercred, tmp_path: Path) -> Callable[[str], None]:
     return install
 
 
-def says(outcome: str, name: str = "programs loadable") -> str:
-    check = {"name": name, "outcome": outcome, "detail": "loaded", "mend": ""}
+def says(outcome: str, name: str = "cgroup loadable") -> str:
+    check = {"name": name, "outcome": outcome, "detail": "loaded", "mend": "", "log": ""}
     return f"print({json.dumps(json.dumps({'checks': [check]}))})"
+
+
+def row(shown: str, name: str) -> str:
+    """Return what stands behind `name` in the one row that begins with it."""
+    (value,) = (
+        line.removeprefix(name).strip()
+        for line in shown.splitlines()
+        if line.startswith(f"{name}  ")
+    )
+    return value
 
 
 def only_error(done: "subprocess.CompletedProcess[str]") -> str:
@@ -261,6 +296,42 @@ def test_what_the_kernel_does_not_tell_is_shown_as_unknown(
         assert line.split()[-1] == "unknown"
     for field in ("tid", "group_count", "login_uid", "effective_capabilities", "comm", "time_ns"):
         assert document[field] is None
+
+
+def test_lookup_shows_who_accepted_in_rows_that_cannot_be_taken_for_the_answers(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    before = peercred(*LOOKUP).stdout
+    answer = found()
+    answer.acceptor.CopyFrom(credentials(pid=81, uid=4_000_000_001, gid=0, comm=b"worker"))
+    canned.answer = answer
+
+    after = peercred(*LOOKUP).stdout
+
+    assert row(before, "accepted by") == "unknown"
+    assert row(after, "accepted by") == "user 4000000001 (no name), group 0 (root)"
+    assert row(after, "acceptor's pid") == "81"
+    assert row(after, "acceptor's command") == "worker"
+    assert re.fullmatch(r"\d{4}-\d\d-\d\d \S+", row(after, "accepted"))
+    for name in ("peer", "command", "pid", "user", "group"):
+        assert row(after, name) == row(before, name)
+
+
+def test_lookup_as_json_has_the_acceptor_as_an_object_of_its_own_or_null(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    before = json.loads(peercred(*LOOKUP, "--json").stdout)
+    answer = found()
+    answer.acceptor.CopyFrom(credentials(pid=81, uid=4_000_000_001, gid=0, comm=b"worker"))
+    canned.answer = answer
+
+    after = json.loads(peercred(*LOOKUP, "--json").stdout)
+
+    assert before["acceptor"] is None
+    acceptor = after.pop("acceptor")
+    assert {"acceptor": None, **after} == before
+    assert (acceptor["pid"], acceptor["uid"], acceptor["uid_name"]) == (81, 4_000_000_001, None)
+    assert (acceptor["gid_name"], acceptor["comm"], acceptor["tid"]) == ("root", "worker", 4243)
 
 
 def test_lookup_as_json_is_one_object_with_names_beside_the_numbers(peercred: Peercred) -> None:
@@ -362,7 +433,22 @@ def test_list_as_json_is_one_document_of_all_pages(
     assert done.stdout.count("\n") == 1
     assert first["client"]["uid_name"] == "root"
     assert first["listener"] is None
+    assert first["acceptor"] is None
     assert first["server_endpoint"] == {"address": "::1", "port": 8080}
+
+
+def test_list_as_json_names_the_acceptor_beside_both_ends(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    accepted = page(uid=4_000_000_001)
+    accepted.connections[0].acceptor.CopyFrom(credentials(pid=81))
+    canned.pages = [accepted]
+
+    (listed,) = json.loads(peercred("list", "--json").stdout)["connections"]
+
+    assert (listed["acceptor"]["pid"], listed["acceptor"]["uid_name"]) == (81, "root")
+    assert listed["client"]["uid"] == 4_000_000_001
+    assert listed["listener"] is None
 
 
 def test_an_empty_list_is_an_answer(peercred: Peercred, canned: CannedDaemon) -> None:
@@ -415,12 +501,52 @@ def test_status_shows_what_is_lost_and_dropped(peercred: Peercred) -> None:
         ["version", "9.8.7"],
         ["captured", "cgroup", "/sys/fs/cgroup/user.slice"],
         ["missing", "fields", "login_uid"],
-        ["connect4", "yes"],
-        ["sock_ops", "no"],
+        ["hook", "set", "cgroup"],
+        ["connect4", "yes", "-", "-"],
+        ["sock_ops", "no", "-", "-"],
         ["connections", "12", "65536"],
         ["TABLE_FULL", "3", "no", "room"],
     ):
         assert row in rows
+
+
+def test_status_says_why_a_hook_set_is_not_used(peercred: Peercred) -> None:
+    shown = peercred("status").stdout
+
+    assert row(shown, "hook set") == "cgroup"
+    assert row(shown, "unused hook set") == "trace: the kernel cannot attach to tcp_connect"
+
+
+def test_status_shows_how_often_a_program_ran_and_was_left_out(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.status = traced(missed=7)
+
+    rows = [line.split() for line in peercred("status").stdout.splitlines()]
+
+    assert ["PROGRAM", "ATTACHED", "RUNS", "MISSED"] in rows
+    assert ["tcp_connect", "yes", "1000", "7"] in rows
+    assert ["inet_csk_accept", "yes", "0", "0"] in rows
+
+
+@pytest.mark.parametrize("missed", [0, 7])
+def test_missed_runs_stand_out_in_a_pipe_too_where_there_are_any(
+    peercred: Peercred, canned: CannedDaemon, missed: int
+) -> None:
+    canned.status = traced(missed=missed)
+
+    assert ("Runs were missed" in peercred("status").stdout) == bool(missed)
+
+
+def test_missed_runs_stand_out_on_a_terminal_and_none_do_not(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.status = traced(missed=7)
+
+    shown = peercred.on_terminal("status", columns=200)
+
+    assert "\x1b[1;31m7" in shown
+    assert "\x1b[1;31m0" not in shown
 
 
 def test_status_as_json_has_every_part(peercred: Peercred) -> None:
@@ -428,7 +554,15 @@ def test_status_as_json_has_every_part(peercred: Peercred) -> None:
 
     assert document["capture_start_time"] == "1970-01-01T00:00:00+00:00"
     assert document["tables"] == [{"name": "connections", "entries": 12, "max_entries": 65536}]
-    assert document["attachments"][1] == {"program": "sock_ops", "attached": False}
+    assert document["attachments"][1] == {
+        "program": "sock_ops",
+        "attached": False,
+        "run_count": None,
+        "missed_count": None,
+    }
+    assert document["unused_hook_sets"] == [
+        {"hook_set": "trace", "reason": "the kernel cannot attach to tcp_connect"}
+    ]
     assert document["daemon_pid"] == 77
 
 
@@ -475,7 +609,9 @@ def test_whoami_explains_why_nothing_may_be_known(peercred: Peercred, canned: Ca
 def test_a_hostile_name_reaches_no_table_unescaped(
     peercred: Peercred, canned: CannedDaemon, arguments: tuple[str, ...], on_terminal: bool
 ) -> None:
-    canned.answer = found(comm=HOSTILE)
+    answer = found(comm=HOSTILE)
+    answer.acceptor.CopyFrom(credentials(comm=HOSTILE))
+    canned.answer = answer
     canned.pages = [page(comm=HOSTILE)]
 
     if on_terminal:
@@ -813,9 +949,10 @@ def test_doctor_is_content_when_all_is_well(
     assert report["ok"] is True, report
     assert done.returncode == 0
     assert [check["name"] for check in report["checks"]] == [
-        "programs loadable",
+        "cgroup loadable",
         "daemon reachable",
         "hooks attached",
+        "no runs missed",
         "self-connection answered",
     ]
     assert {check["outcome"] for check in report["checks"]} == {"ok"}
@@ -835,7 +972,78 @@ def test_doctor_is_not_content_with_one_check_that_is_not_ok(
 
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"]) == (1, False)
-    assert [check["outcome"] for check in report["checks"]] == [outcome, "ok", "ok", "ok"]
+    assert [check["outcome"] for check in report["checks"]] == [outcome, *["ok"] * 4]
+
+
+def test_doctor_is_content_with_a_hook_set_that_is_not_needed(
+    peercred: Peercred, canned: CannedDaemon, host_check: Callable[[str], None]
+) -> None:
+    host_check(says("unused", "trace loadable"))
+
+    done = examined(peercred, canned)
+
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (0, True)
+    assert report["checks"][0]["outcome"] == "unused"
+
+
+@pytest.mark.parametrize(
+    ("canned_status", "said"),
+    [
+        (status(), "cgroup, 2 programs; trace unused: the kernel cannot attach to tcp_connect"),
+        (traced(missed=0), "trace, 2 programs; cgroup unused: trace is preferred (--hooks auto)"),
+    ],
+)
+def test_doctor_says_which_hook_set_runs_and_why_the_other_does_not(
+    peercred: Peercred,
+    canned: CannedDaemon,
+    host_check: Callable[[str], None],
+    canned_status: pb.GetStatusResponse,
+    said: str,
+) -> None:
+    host_check(says("ok"))
+    canned.status = canned_status
+
+    checks = json.loads(examined(peercred, canned).stdout)["checks"]
+
+    assert checks[2] == {"name": "hooks attached", "outcome": "ok", "detail": said, "mend": ""}
+
+
+@pytest.mark.parametrize(
+    ("canned_status", "said"),
+    [(status(), "the kernel does not count such runs here"), (traced(missed=0), "none")],
+)
+def test_doctor_does_not_say_that_none_were_missed_where_nobody_counts(
+    peercred: Peercred,
+    canned: CannedDaemon,
+    host_check: Callable[[str], None],
+    canned_status: pb.GetStatusResponse,
+    said: str,
+) -> None:
+    host_check(says("ok"))
+    canned.status = canned_status
+
+    checks = json.loads(examined(peercred, canned).stdout)["checks"]
+
+    assert (checks[3]["outcome"], checks[3]["detail"]) == ("ok", said)
+
+
+def test_doctor_warns_of_missed_runs_and_does_not_fail(
+    peercred: Peercred, canned: CannedDaemon, host_check: Callable[[str], None]
+) -> None:
+    host_check(says("ok"))
+    canned.status = traced(missed=7)
+
+    done = examined(peercred, canned)
+
+    report = json.loads(done.stdout)
+    (warning,) = (check for check in report["checks"] if check["outcome"] != "ok")
+    assert (done.returncode, report["ok"]) == (0, True)
+    assert (warning["name"], warning["outcome"]) == ("no runs missed", "warning")
+    assert "tcp_connect 7:" in warning["detail"]
+    assert "inet_csk_accept" not in warning["detail"]
+    assert "never a wrong name" in warning["detail"]
+    assert 'capture.hooks = "cgroup"' in warning["mend"]
 
 
 def test_doctor_finds_lost_hooks_and_wrong_answers_and_says_what_mends_them(
@@ -848,7 +1056,7 @@ def test_doctor_finds_lost_hooks_and_wrong_answers_and_says_what_mends_them(
     report = json.loads(done.stdout)
     checks = {check["name"]: check for check in report["checks"]}
     assert (done.returncode, report["ok"]) == (1, False)
-    assert checks["programs loadable"]["outcome"] == "ok"
+    assert checks["cgroup loadable"]["outcome"] == "ok"
     assert checks["daemon reachable"]["outcome"] == "ok"
     assert checks["hooks attached"]["outcome"] == "failed"
     assert checks["hooks attached"]["detail"] == "not attached: sock_ops"
@@ -863,14 +1071,14 @@ def test_doctor_tells_one_missing_thing_once(
 ) -> None:
     checks = [
         {"name": name, "outcome": "failed", "detail": "no", "mend": "install it"}
-        for name in (need, "programs loadable")
+        for name in (need, "trace loadable", "cgroup loadable")
     ]
     host_check(f"print({json.dumps(json.dumps({'checks': checks}))})")
 
-    first, second, *_ = json.loads(peercred("doctor", "--json").stdout)["checks"]
+    first, *loads = json.loads(peercred("doctor", "--json").stdout)["checks"][:3]
 
     assert (first["outcome"], first["mend"]) == ("failed", "install it")
-    assert (second["outcome"], second["mend"]) == ("unknown", f"see '{need}'")
+    assert {(check["outcome"], check["mend"]) for check in loads} == {("unknown", f"see '{need}'")}
 
 
 def test_doctor_shows_each_mend_below_its_check(
@@ -896,7 +1104,7 @@ def test_doctor_cannot_tell_of_hooks_when_no_daemon_answers(
 
     _, *checks = json.loads(done.stdout)["checks"]
     assert done.returncode == 1
-    assert [check["outcome"] for check in checks] == ["failed", "unknown", "unknown"]
+    assert [check["outcome"] for check in checks] == ["failed", *["unknown"] * 3]
     assert "sudo peercredd" in checks[0]["mend"]
 
 

@@ -282,6 +282,7 @@ def test_an_answer_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         client_socket_cookie=2,
         netns_cookie=2**64 - 1,
         established_time_ns=4,
+        acceptor=pb.Credentials(pid=21, uid=0, gid=22, groups=[5], comm=b"worker"),
     )
 
     assert client.lookup_cookie(5) == peercred.PeerCredentials(
@@ -296,6 +297,7 @@ def test_an_answer_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         client_socket_cookie=2,
         netns_cookie=2**64 - 1,
         established_time_ns=4,
+        acceptor=peercred.Credentials(pid=21, uid=0, gid=22, groups=(5,), comm="worker"),
     )
 
 
@@ -311,6 +313,7 @@ def test_what_the_kernel_does_not_provide_is_none(canned: CannedDaemon, client: 
     peer = client.lookup_cookie(1)
 
     assert (peer.pid, peer.uid, peer.gid) == (7, 0, 0)
+    assert peer.acceptor is None
     absent = {
         field.name
         for field in dataclasses.fields(peercred.Credentials)
@@ -332,6 +335,19 @@ def test_an_answer_without_an_id_is_an_error_never_root(
     canned.answer = answer
 
     with pytest.raises(PeerCredError, match=f"no {missing}"):
+        client.lookup_cookie(1)
+
+
+def test_an_acceptor_never_lends_its_ids_to_an_answer_without(
+    canned: CannedDaemon, client: Client
+) -> None:
+    canned.answer = pb.LookupResponse(
+        peer_end=pb.END_CLIENT,
+        basis=pb.BASIS_SOCKET,
+        acceptor=pb.Credentials(pid=1, uid=2, gid=3),
+    )
+
+    with pytest.raises(PeerCredError, match="no pid"):
         client.lookup_cookie(1)
 
 

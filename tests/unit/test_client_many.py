@@ -139,6 +139,7 @@ def test_a_connection_arrives_whole(canned: CannedDaemon, client: Client) -> Non
     whole = recorded()
     whole.listener_socket_cookie = 3
     whole.listener.CopyFrom(pb.Credentials(pid=1, uid=0, gid=0, comm=b"init"))
+    whole.acceptor.CopyFrom(pb.Credentials(pid=4, uid=33, gid=34, comm=b"worker"))
     canned.pages = [page(whole, recorded())]
 
     with_listener, without = client.connections()
@@ -153,9 +154,11 @@ def test_a_connection_arrives_whole(canned: CannedDaemon, client: Client) -> Non
         listener_socket_cookie=3,
         netns_cookie=5,
         established_time_ns=6,
+        acceptor=peercred.Credentials(pid=4, uid=33, gid=34, comm="worker"),
     )
     assert without.listener is None
     assert without.listener_socket_cookie is None
+    assert without.acceptor is None
 
 
 @pytest.mark.parametrize("missing", ["client", "client_endpoint", "server_endpoint"])
@@ -212,23 +215,31 @@ def test_a_slow_reader_of_a_listing_has_no_deadline(canned: CannedDaemon, client
 def test_the_status_arrives_whole(canned: CannedDaemon, client: Client) -> None:
     answer = pb.GetStatusResponse(
         version="1",
-        hook_set="cgroup",
+        hook_set="trace",
         kernel_release="6.18",
         cgroup="/sys/fs/cgroup",
         capture_start_time_ns=1,
         tables=[pb.GetStatusResponse.Table(name="connections", entries=2, max_entries=3)],
         drops=[pb.GetStatusResponse.Drop(reason="FULL", count=0, description="no room")],
         missing_fields=["login_uid"],
-        attachments=[pb.GetStatusResponse.Attachment(program="connect4", attached=False)],
+        attachments=[
+            pb.GetStatusResponse.Attachment(program="tcp_connect", attached=False),
+            pb.GetStatusResponse.Attachment(
+                program="inet_csk_accept", attached=True, run_count=2**64 - 1, missed_count=0
+            ),
+        ],
         daemon_pid=4,
         netns_cookie=5,
+        unused_hook_sets=[
+            pb.GetStatusResponse.UnusedHookSet(hook_set="cgroup", reason="trace is preferred")
+        ],
     )
     answer.capture_start_time.FromJsonString("2026-11-23T01:02:03.500Z")
     canned.status = answer
 
     assert client.status() == peercred.Status(
         version="1",
-        hook_set="cgroup",
+        hook_set="trace",
         kernel_release="6.18",
         cgroup="/sys/fs/cgroup",
         capture_start_time=datetime(2026, 11, 23, 1, 2, 3, 500_000, UTC),
@@ -236,7 +247,13 @@ def test_the_status_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         tables=(peercred.Table("connections", 2, 3),),
         drops=(peercred.Drop("FULL", 0, "no room"),),
         missing_fields=("login_uid",),
-        attachments=(peercred.Attachment("connect4", attached=False),),
+        attachments=(
+            peercred.Attachment("tcp_connect", attached=False, run_count=None, missed_count=None),
+            peercred.Attachment(
+                "inet_csk_accept", attached=True, run_count=2**64 - 1, missed_count=0
+            ),
+        ),
         daemon_pid=4,
         netns_cookie=5,
+        unused_hook_sets=(peercred.UnusedHookSet("cgroup", "trace is preferred"),),
     )

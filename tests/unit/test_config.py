@@ -102,6 +102,7 @@ def test_a_flag_can_take_back_what_the_file_switches_on(tmp_path: Path) -> None:
             'capture.cgroup = "user.slice"',
             "capture.cgroup: 'user.slice' is not an absolute path in UTF-8, or \"root\"",
         ),
+        ('capture.hooks = "kprobe"', "capture.hooks: 'kprobe' is not auto, trace or cgroup"),
         ('api.group = "a b"', "api.group: 'a b' is not the name of a group"),
         ('log.level = "loud"', "log.level: 'loud' is not debug, info, warning or error"),
         ("log.level = 2026-11-23", "log.level: datetime.date(2026, 11, 23) is not debug, info,"),

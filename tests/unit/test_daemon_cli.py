@@ -70,7 +70,7 @@ def test_config_names_the_source_of_each_value(peercredd: Run, tmp_path: Path) -
 
 def test_every_option_has_a_flag_that_sets_it(peercredd: Run) -> None:
     other = {"a whole number": "17", "an absolute path": "/x", "the name": "staff"}
-    flags = ["--keep", "--log-level=debug", "--log-format=json"]
+    flags = ["--hooks=trace", "--keep", "--log-level=debug", "--log-format=json"]
     for option in OPTIONS.values():
         flags += [
             f"{option.flag}={value}"
@@ -128,6 +128,7 @@ def test_a_bad_flag_is_refused_with_2(peercredd: Run) -> None:
         ("--nonsense",),
         ("nonsense",),
         ("--log-level", "loud"),
+        ("--hooks", "kprobe"),
         ("--group",),
         ("check", "surplus"),
         ("completion",),
@@ -196,12 +197,14 @@ def test_check_without_privilege_says_so_and_does_not_guess_the_rest(peercredd: 
         "cgroup v2",
         "bpffs",
         "BCC importable",
-        "programs loadable",
+        "trace loadable",
+        "cgroup loadable",
     ]
     assert checks["root or capabilities"]["outcome"] == "failed"
-    assert checks["programs loadable"]["outcome"] == "unknown"
+    assert checks["trace loadable"]["outcome"] == "unknown"
+    assert checks["cgroup loadable"]["outcome"] == "unknown"
     for check in checks.values():
-        assert set(check) == {"name", "outcome", "detail", "mend"}
+        assert set(check) == {"name", "outcome", "detail", "mend", "log"}
         assert bool(check["mend"]) == (check["outcome"] != "ok")
 
 
@@ -276,6 +279,8 @@ def test_bash_completes_commands_flags_and_choices() -> None:
     assert complete("") >= {"check", "completion", "config", "unload"}
     assert complete("--sweep-i") == {"--sweep-interval-seconds"}
     assert complete("--log-level", "") == {"debug", "info", "warning", "error"}
+    assert complete("--hooks", "") == {"auto", "trace", "cgroup"}
+    assert complete("check", "--v") == {"--verifier-log"}
 
 
 def test_the_version_is_shown(peercredd: Run) -> None:

@@ -30,7 +30,7 @@ from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 from peercredd import health, server
 from peercredd.listen import ListenError
 from peercredd.records import Connection
-from peercredd.store import Answer, Reason
+from peercredd.store import Answer, Attachment, Reason
 
 OWN_GROUP = grp.getgrgid(os.getegid()).gr_name
 API = "/peercred.v1.PeerCredentials"
@@ -63,7 +63,10 @@ class BrokenView(MemoryView):
     def server_cookies(self) -> list[int]:
         raise RuntimeError("a secret of the inside")
 
-    def attachments(self) -> dict[str, bool]:
+    def is_attached(self) -> bool:
+        raise RuntimeError("a secret of the inside")
+
+    def attachments(self) -> dict[str, Attachment]:
         raise RuntimeError("a secret of the inside")
 
 

@@ -83,6 +83,23 @@ def test_the_client_is_told_of_the_server(view: MemoryView) -> None:
     assert found.peer.uid == 2000
 
 
+@pytest.mark.parametrize(
+    ("key", "peer"),
+    [(by_cookie(10), 1000), (by_cookie(1_000_010), 2000), (TO_CLIENT, 1000), (TO_SERVER, 2000)],
+)
+def test_either_end_is_told_who_accepted_beside_the_answer_and_not_in_its_place(
+    key: pb.ConnectionKey, peer: int
+) -> None:
+    before = lookup(MemoryView(connection(10)), key)
+    after = lookup(MemoryView(connection(10, acceptor_uid=0)), key)
+
+    assert not before.HasField("acceptor")
+    assert after.HasField("acceptor")
+    assert (after.peer.uid, after.acceptor.uid) == (peer, 0)
+    after.ClearField("acceptor")
+    assert after == before
+
+
 @pytest.mark.parametrize(("key", "end"), [(TO_CLIENT, pb.END_CLIENT), (TO_SERVER, pb.END_SERVER)])
 def test_an_answer_to_a_tuple_says_so(
     view: MemoryView, key: pb.ConnectionKey, end: pb.End.ValueType
@@ -359,6 +376,7 @@ def test_a_port_that_does_not_exist_is_no_filter(view: MemoryView, port: int) ->
 
 def test_status_says_what_runs_and_what_was_dropped(view: MemoryView) -> None:
     view.attached = {"connect4": True, "sock_ops": False}
+    view.counts = {"sock_ops": (5, 0)}
 
     status = PeerCredentialsService(view).get_status(pb.GetStatusRequest())
 
@@ -380,6 +398,20 @@ def test_status_says_what_runs_and_what_was_dropped(view: MemoryView) -> None:
         ("connect4", True),
         ("sock_ops", False),
     ]
+    without_figures, with_figures = status.attachments
+    assert not without_figures.HasField("run_count")
+    assert not without_figures.HasField("missed_count")
+    assert with_figures.HasField("missed_count")
+    assert (with_figures.run_count, with_figures.missed_count) == (5, 0)
+    assert [(unused.hook_set, unused.reason) for unused in status.unused_hook_sets] == [
+        ("trace", "the kernel cannot attach to tcp_connect")
+    ]
+
+
+def test_missed_runs_do_not_make_a_capture_lost(view: MemoryView) -> None:
+    view.counts = {"connect4": (1000, 999)}
+
+    assert PeerCredentialsService(view).capture_in_place()
 
 
 def test_a_view_that_sees_less_answers_less() -> None:

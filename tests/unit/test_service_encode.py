@@ -21,6 +21,7 @@ from peercredd.records import (
     Connection,
     Credentials,
 )
+from peercredd.store import Attachment
 
 
 def encoded(record: Credentials) -> pb.Credentials:
@@ -152,6 +153,37 @@ def test_a_listener_older_than_the_capture_is_absent() -> None:
 
     assert not message.HasField("listener")
     assert not message.HasField("listener_socket_cookie")
+
+
+def test_the_acceptor_is_kept_apart_from_both_ends() -> None:
+    message = encoded_connection(connection(acceptor_uid=0))
+
+    assert (message.client.uid, message.listener.uid, message.acceptor.uid) == (1000, 2000, 0)
+
+
+def test_what_nobody_was_seen_to_accept_has_no_acceptor() -> None:
+    message = encoded_connection(connection(acceptor_uid=None))
+
+    assert not message.HasField("acceptor")
+
+
+@pytest.mark.parametrize(
+    ("run_count", "missed_count", "figures"),
+    [
+        (None, None, {}),
+        (0, 0, {"run_count": 0, "missed_count": 0}),
+        (2**64 - 1, None, {"run_count": 2**64 - 1}),
+        (None, 7, {"missed_count": 7}),
+    ],
+)
+def test_a_figure_that_the_kernel_does_not_give_is_absent_and_none_is_a_figure(
+    run_count: int | None, missed_count: int | None, figures: dict[str, int]
+) -> None:
+    message = pb.GetStatusResponse.Attachment()
+    encode.attachment(message, "tcp_connect", Attachment(True, run_count, missed_count))
+
+    fields = {field.name: value for field, value in message.ListFields()}
+    assert fields == {"program": "tcp_connect", "attached": True, **figures}
 
 
 @pytest.mark.parametrize(

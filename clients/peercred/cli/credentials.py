@@ -26,7 +26,8 @@ ENDS = {
 def print_peer(peer: PeerCredentials, *, as_json: bool) -> None:
     """Print the answer to one lookup."""
     if as_json:
-        print_json(document(peer))
+        acceptor = document(peer.acceptor) if peer.acceptor else None
+        print_json(document(peer) | {"acceptor": acceptor})
     else:
         print_table(list(_rows(peer)))
 
@@ -67,6 +68,18 @@ def _rows(peer: PeerCredentials) -> Iterator[tuple[str, str]]:
     yield "established", _since_boot(peer.established_time_ns)
     yield "client socket", f"cookie {peer.client_socket_cookie}"
     yield "server socket", f"cookie {peer.server_socket_cookie}"
+    yield from _acceptor_rows(peer.acceptor)
+
+
+def _acceptor_rows(acceptor: Credentials | None) -> Iterator[tuple[str, str]]:
+    # Each row says whose it is: none can be taken for one of the answer.
+    if acceptor is None:
+        yield "accepted by", UNKNOWN
+        return
+    yield "accepted by", _ids(acceptor.uid, acceptor.gid)
+    yield "acceptor's pid", str(acceptor.pid)
+    yield "acceptor's command", UNKNOWN if acceptor.comm is None else acceptor.comm
+    yield "accepted", _since_boot(acceptor.time_ns)
 
 
 def _number(value: int | None) -> str:

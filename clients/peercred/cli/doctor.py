@@ -27,18 +27,32 @@ HOST_CHECK_TIMEOUT = 120
 
 MEND_THE_DAEMON = "see 'daemon reachable'"
 MEND_BY_THE_LOG = "see the log: `journalctl -u peercredd`"
+MEND_MISSED_RUNS = (
+    'set capture.hooks = "cgroup", whose programs are never left out, and restart the daemon'
+)
 MEND_A_WRONG_ANSWER = "trust no answer, and report this with `peercred status --json`"
 
 
 class Outcome(Enum):
-    """What a check found; UNKNOWN is that it could not tell."""
+    """What a check found."""
 
     OK = "ok"
+    UNUSED = "unused"
+    """A hook set that does not work, or was not tried: the daemon does without it."""
+    WARNING = "warning"
+    """It works, and something should be looked at."""
     FAILED = "failed"
     UNKNOWN = "unknown"
+    """It could not tell."""
 
 
-STYLES = {Outcome.OK: "green", Outcome.FAILED: "bold red", Outcome.UNKNOWN: "yellow"}
+STYLES = {
+    Outcome.OK: "green",
+    Outcome.UNUSED: "",
+    Outcome.WARNING: "bold yellow",
+    Outcome.FAILED: "bold red",
+    Outcome.UNKNOWN: "yellow",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,8 +79,9 @@ def doctor(context: click.Context, settings: Settings) -> None:
 
     Looks at what the daemon needs, and whether it answers correctly. Run it as
     the user that starts the daemon, usually root; as a client, only the last
-    three checks matter. Each is "ok", "failed" or "unknown" (could not tell).
-    Exit code 0 when all are ok, 1 otherwise.
+    four checks matter. Each is "ok", "unused" (a hook set that does not work,
+    and need not), "warning", "failed" or "unknown" (could not tell). Exit code
+    1 when one is failed or unknown, else 0.
 
     With --json: {"ok": true or false, "checks": [{"name", "outcome", "detail",
     "mend"}, ...]}.
@@ -75,10 +90,10 @@ def doctor(context: click.Context, settings: Settings) -> None:
         host = threads.submit(check_host)
         daemon = [
             threads.submit(check, client)
-            for check in (check_daemon, check_hooks, check_self_connection)
+            for check in (check_daemon, check_hooks, check_missed_runs, check_self_connection)
         ]
         checks = [*host.result(), *(check.result() for check in daemon)]
-    healthy = all(check.outcome is Outcome.OK for check in checks)
+    healthy = all(check.outcome not in (Outcome.FAILED, Outcome.UNKNOWN) for check in checks)
     if settings.json:
         print_json({"ok": healthy, "checks": [asdict(check) for check in checks]})
     else:
@@ -135,17 +150,18 @@ def check_host() -> list[Check]:
 
 
 def _each_cause_once(checks: Iterable[Check]) -> list[Check]:
-    """Have "programs loadable" point to what it needs, where that is what failed."""
-    found = {check.name: check for check in checks}
-    loadable = found.get("programs loadable")
-    for need in ("BTF", "BCC importable"):
-        failed = need in found and found[need].outcome is Outcome.FAILED
-        if failed and loadable and loadable.outcome is Outcome.FAILED:
-            found[loadable.name] = Check(
-                loadable.name, Outcome.UNKNOWN, "could not be tried", f"see '{need}'"
-            )
-            break
-    return list(found.values())
+    """Have each hook set point to what it needs, where that is what failed."""
+    found = list(checks)
+    failed = [check.name for check in found if check.outcome is Outcome.FAILED]
+    need = next((need for need in ("BTF", "BCC importable") if need in failed), None)
+    if need is None:
+        return found
+    return [
+        Check(check.name, Outcome.UNKNOWN, "could not be tried", f"see '{need}'")
+        if check.name.endswith(" loadable") and check.outcome is Outcome.FAILED
+        else check
+        for check in found
+    ]
 
 
 def check_daemon(client: Client) -> Check:
@@ -162,21 +178,44 @@ def check_daemon(client: Client) -> Check:
 
 
 def check_hooks(client: Client) -> Check:
-    """Ask the daemon whether every BPF program is in its place."""
+    """Ask the daemon which hook set runs, and whether every BPF program is in its place."""
     name = "hooks attached"
     try:
-        attachments = client.status().attachments
+        status = client.status()
     except PeerCredError:
         return Check(name, Outcome.UNKNOWN, "the daemon does not say", MEND_THE_DAEMON)
-    lost = [attachment.program for attachment in attachments if not attachment.attached]
-    if lost or not attachments:
+    lost = [attachment.program for attachment in status.attachments if not attachment.attached]
+    if lost or not status.attachments:
         return Check(
             name,
             Outcome.FAILED,
             f"not attached: {', '.join(lost) or 'any program'}",
             "restart the daemon: `systemctl restart peercredd`",
         )
-    return Check(name, Outcome.OK, f"{len(attachments)} programs")
+    running = f"{status.hook_set}, {len(status.attachments)} programs"
+    unused = (f"{unused.hook_set} unused: {unused.reason}" for unused in status.unused_hook_sets)
+    return Check(name, Outcome.OK, "; ".join((running, *unused)))
+
+
+def check_missed_runs(client: Client) -> Check:
+    """Ask the daemon whether the kernel left out runs of the BPF programs."""
+    name = "no runs missed"
+    try:
+        attachments = client.status().attachments
+    except PeerCredError:
+        return Check(name, Outcome.UNKNOWN, "the daemon does not say", MEND_THE_DAEMON)
+    missed = [f"{a.program} {a.missed_count}" for a in attachments if a.missed_count]
+    if missed:
+        return Check(
+            name,
+            Outcome.WARNING,
+            f"the kernel left out runs of {', '.join(missed)}: as many connections may have no "
+            "record, and lookups of them say 'not found', never a wrong name",
+            MEND_MISSED_RUNS,
+        )
+    if all(attachment.missed_count is None for attachment in attachments):
+        return Check(name, Outcome.OK, "the kernel does not count such runs here")
+    return Check(name, Outcome.OK, "none")
 
 
 def check_self_connection(client: Client) -> Check:

@@ -53,8 +53,8 @@ def list_connections(
     where that was not recorded, because capture began later, say.
     USER may be a name or a number to filter by; "-" in its column: no name.
 
-    With --json: {"connections": [...]}, both ends in full. An empty list is an
-    answer like others (exit code 0).
+    With --json: {"connections": [...]}, both ends in full, and who accepted. An
+    empty list is an answer like others (exit code 0).
     """
     with settings.client() as client:
         connections = list(
@@ -72,6 +72,7 @@ def _document(connection: Connection) -> dict[str, object]:
     return asdict(connection) | {
         "client": document(connection.client),
         "listener": document(connection.listener) if connection.listener else None,
+        "acceptor": document(connection.acceptor) if connection.acceptor else None,
     }
 
 

@@ -73,8 +73,12 @@ def lookup(
     them (getsockname and getpeername). They name the newest connection that
     has them; a socket cookie, given instead, names one connection for good.
 
+    The last rows tell who called accept() at the server's end. That is no part
+    of the answer, and unknown where the hook set is "cgroup".
+
     With --json, "uid_name" and "gid_name" are looked up by this command now;
-    the rest is what the kernel recorded. Unknown is null.
+    the rest is what the kernel recorded. Unknown is null. Who accepted is in
+    "acceptor".
     """
     if socket_cookie is not None and local:
         raise click.UsageError("--cookie excludes LOCAL and REMOTE; give one or the other")

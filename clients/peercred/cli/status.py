@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from peercred import Status
+from peercred import Attachment, Status
 from peercred.cli.display import Styled, print_json, print_line, print_table
 from peercred.cli.settings import Settings, common_options, pass_settings
 
@@ -20,7 +20,12 @@ Examples:
 @common_options
 @pass_settings
 def status(settings: Settings) -> None:
-    """Show what is captured, and what had to be dropped.
+    """Show what is captured, by which hook set, and what had to be dropped.
+
+    RUNS are counted while the sysctl kernel.bpf_stats_enabled is 1. MISSED are
+    runs that the kernel left out: a connection then has no record, and lookups
+    say "not found". "-": the kernel has no such figure; programs of the hook set
+    "cgroup" are never left out.
 
     With --json, "drops" and "tables" have every reason and table, zero counts too.
     """
@@ -40,6 +45,7 @@ def _print(answer: Status) -> None:
             ("daemon pid", str(answer.daemon_pid)),
             ("kernel", answer.kernel_release),
             ("hook set", answer.hook_set),
+            *(("unused hook set", f"{u.hook_set}: {u.reason}") for u in answer.unused_hook_sets),
             ("captured cgroup", answer.cgroup),
             ("capture since", since),
             ("netns cookie", str(answer.netns_cookie)),
@@ -48,12 +54,11 @@ def _print(answer: Status) -> None:
     )
     print_line("")
     print_table(
-        [
-            (program.program, "yes" if program.attached else Styled("no", "bold red"))
-            for program in answer.attachments
-        ],
-        ("PROGRAM", "ATTACHED"),
+        [_program(attachment) for attachment in answer.attachments],
+        ("PROGRAM", "ATTACHED", "RUNS", "MISSED"),
     )
+    if any(attachment.missed_count for attachment in answer.attachments):
+        print_line("Runs were missed: `peercred doctor` says what that means.")
     print_line("")
     print_table(
         [(table.name, str(table.entries), str(table.max_entries)) for table in answer.tables],
@@ -67,3 +72,16 @@ def _print(answer: Status) -> None:
         ],
         ("DROPPED", "COUNT", "MEANING"),
     )
+
+
+def _program(attachment: Attachment) -> tuple[str | Styled, ...]:
+    return (
+        attachment.program,
+        "yes" if attachment.attached else Styled("no", "bold red"),
+        _figure(attachment.run_count),
+        Styled(_figure(attachment.missed_count), "bold red" if attachment.missed_count else ""),
+    )
+
+
+def _figure(count: int | None) -> str:
+    return "-" if count is None else str(count)

@@ -223,7 +223,7 @@ class Credentials(_message.Message):
     user_namespace: _builtins.int
     network_namespace: _builtins.int
     time_ns: _builtins.int
-    """When the credentials were taken: the connect() or the listen()."""
+    """When the credentials were taken: the connect(), the listen() or the accept()."""
     @_builtins.property
     def groups(self) -> _containers.RepeatedScalarFieldContainer[_builtins.int]:
         """Supplementary groups: the first 32 of group_count."""
@@ -366,6 +366,7 @@ class Connection(_message.Message):
     ESTABLISHED_TIME_NS_FIELD_NUMBER: _builtins.int
     CLIENT_FIELD_NUMBER: _builtins.int
     LISTENER_FIELD_NUMBER: _builtins.int
+    ACCEPTOR_FIELD_NUMBER: _builtins.int
     server_socket_cookie: _builtins.int
     client_socket_cookie: _builtins.int
     listener_socket_cookie: _builtins.int
@@ -389,6 +390,13 @@ class Connection(_message.Message):
         the capture.
         """
 
+    @_builtins.property
+    def acceptor(self) -> Global___Credentials:
+        """Of the task whose accept() took the connection; absent where nobody has
+        accepted it yet, where accept() was called before the capture began, and
+        always with the hook set "cgroup". Its time_ns is when that was.
+        """
+
     def __init__(
         self,
         *,
@@ -401,10 +409,11 @@ class Connection(_message.Message):
         established_time_ns: _builtins.int = ...,
         client: Global___Credentials | None = ...,
         listener: Global___Credentials | None = ...,
+        acceptor: Global___Credentials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["_listener_socket_cookie", b"_listener_socket_cookie", "client", b"client", "client_endpoint", b"client_endpoint", "listener", b"listener", "listener_socket_cookie", b"listener_socket_cookie", "server_endpoint", b"server_endpoint"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_listener_socket_cookie", b"_listener_socket_cookie", "acceptor", b"acceptor", "client", b"client", "client_endpoint", b"client_endpoint", "listener", b"listener", "listener_socket_cookie", b"listener_socket_cookie", "server_endpoint", b"server_endpoint"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["_listener_socket_cookie", b"_listener_socket_cookie", "client", b"client", "client_endpoint", b"client_endpoint", "client_socket_cookie", b"client_socket_cookie", "established_time_ns", b"established_time_ns", "listener", b"listener", "listener_socket_cookie", b"listener_socket_cookie", "netns_cookie", b"netns_cookie", "server_endpoint", b"server_endpoint", "server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_listener_socket_cookie", b"_listener_socket_cookie", "acceptor", b"acceptor", "client", b"client", "client_endpoint", b"client_endpoint", "client_socket_cookie", b"client_socket_cookie", "established_time_ns", b"established_time_ns", "listener", b"listener", "listener_socket_cookie", b"listener_socket_cookie", "netns_cookie", b"netns_cookie", "server_endpoint", b"server_endpoint", "server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType__listener_socket_cookie: _TypeAlias = _typing.Literal["listener_socket_cookie"]  # noqa: Y015
     _WhichOneofArgType__listener_socket_cookie: _TypeAlias = _typing.Literal["_listener_socket_cookie", b"_listener_socket_cookie"]  # noqa: Y015
@@ -443,6 +452,7 @@ class LookupResponse(_message.Message):
     CLIENT_SOCKET_COOKIE_FIELD_NUMBER: _builtins.int
     NETNS_COOKIE_FIELD_NUMBER: _builtins.int
     ESTABLISHED_TIME_NS_FIELD_NUMBER: _builtins.int
+    ACCEPTOR_FIELD_NUMBER: _builtins.int
     peer_end: Global___End.ValueType
     """Which end the credentials are of: the one opposite to the asker."""
     basis: Global___Basis.ValueType
@@ -452,6 +462,13 @@ class LookupResponse(_message.Message):
     established_time_ns: _builtins.int
     @_builtins.property
     def peer(self) -> Global___Credentials: ...
+    @_builtins.property
+    def acceptor(self) -> Global___Credentials:
+        """Of the task whose accept() took the connection, at the server's end whichever
+        end asks: a fact beside the answer, which is peer. SO_PEERCRED knows nothing
+        like it. Absent as in Connection.
+        """
+
     def __init__(
         self,
         *,
@@ -462,10 +479,11 @@ class LookupResponse(_message.Message):
         client_socket_cookie: _builtins.int = ...,
         netns_cookie: _builtins.int = ...,
         established_time_ns: _builtins.int = ...,
+        acceptor: Global___Credentials | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["peer", b"peer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acceptor", b"acceptor", "peer", b"peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["basis", b"basis", "client_socket_cookie", b"client_socket_cookie", "established_time_ns", b"established_time_ns", "netns_cookie", b"netns_cookie", "peer", b"peer", "peer_end", b"peer_end", "server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptor", b"acceptor", "basis", b"basis", "client_socket_cookie", b"client_socket_cookie", "established_time_ns", b"established_time_ns", "netns_cookie", b"netns_cookie", "peer", b"peer", "peer_end", b"peer_end", "server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -722,17 +740,60 @@ class GetStatusResponse(_message.Message):
 
         PROGRAM_FIELD_NUMBER: _builtins.int
         ATTACHED_FIELD_NUMBER: _builtins.int
+        RUN_COUNT_FIELD_NUMBER: _builtins.int
+        MISSED_COUNT_FIELD_NUMBER: _builtins.int
         program: _builtins.str
         attached: _builtins.bool
+        run_count: _builtins.int
+        """How often it ran; absent unless the kernel counts, which it does with the
+        sysctl kernel.bpf_stats_enabled=1.
+        """
+        missed_count: _builtins.int
+        """How often the kernel left it out, as it was running on that CPU already:
+        what happened then was not recorded. Absent for programs that the kernel
+        never leaves out (those of the hook set "cgroup"), and where it does not tell.
+        """
         def __init__(
             self,
             *,
             program: _builtins.str = ...,
             attached: _builtins.bool = ...,
+            run_count: _builtins.int | None = ...,
+            missed_count: _builtins.int | None = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_missed_count", b"_missed_count", "_run_count", b"_run_count", "missed_count", b"missed_count", "run_count", b"run_count"]  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_missed_count", b"_missed_count", "_run_count", b"_run_count", "attached", b"attached", "missed_count", b"missed_count", "program", b"program", "run_count", b"run_count"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        _WhichOneofReturnType__missed_count: _TypeAlias = _typing.Literal["missed_count"]  # noqa: Y015
+        _WhichOneofArgType__missed_count: _TypeAlias = _typing.Literal["_missed_count", b"_missed_count"]  # noqa: Y015
+        _WhichOneofReturnType__run_count: _TypeAlias = _typing.Literal["run_count"]  # noqa: Y015
+        _WhichOneofArgType__run_count: _TypeAlias = _typing.Literal["_run_count", b"_run_count"]  # noqa: Y015
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__missed_count) -> _WhichOneofReturnType__missed_count | None: ...
+        @_typing.overload
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__run_count) -> _WhichOneofReturnType__run_count | None: ...
+
+    @_typing.final
+    class UnusedHookSet(_message.Message):
+        """A hook set that does not capture."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        HOOK_SET_FIELD_NUMBER: _builtins.int
+        REASON_FIELD_NUMBER: _builtins.int
+        hook_set: _builtins.str
+        reason: _builtins.str
+        """Why not, in one line for people."""
+        def __init__(
+            self,
+            *,
+            hook_set: _builtins.str = ...,
+            reason: _builtins.str = ...,
         ) -> None: ...
         _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "program", b"program"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["hook_set", b"hook_set", "reason", b"reason"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -748,9 +809,10 @@ class GetStatusResponse(_message.Message):
     ATTACHMENTS_FIELD_NUMBER: _builtins.int
     DAEMON_PID_FIELD_NUMBER: _builtins.int
     NETNS_COOKIE_FIELD_NUMBER: _builtins.int
+    UNUSED_HOOK_SETS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     hook_set: _builtins.str
-    """"cgroup"."""
+    """The hook set that captures: "trace" or "cgroup"."""
     kernel_release: _builtins.str
     """uname -r."""
     cgroup: _builtins.str
@@ -774,6 +836,8 @@ class GetStatusResponse(_message.Message):
 
     @_builtins.property
     def attachments(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.Attachment]: ...
+    @_builtins.property
+    def unused_hook_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.UnusedHookSet]: ...
     def __init__(
         self,
         *,
@@ -789,10 +853,11 @@ class GetStatusResponse(_message.Message):
         attachments: _abc.Iterable[Global___GetStatusResponse.Attachment] | None = ...,
         daemon_pid: _builtins.int = ...,
         netns_cookie: _builtins.int = ...,
+        unused_hook_sets: _abc.Iterable[Global___GetStatusResponse.UnusedHookSet] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture_start_time", b"capture_start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "tables", b"tables", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
