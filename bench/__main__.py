@@ -14,7 +14,7 @@ import click
 from pyroute2 import IPRoute
 from rich.console import Console
 
-from bench import capture, lookups, memory, servers, startup
+from bench import capture, hook_sets, lookups, memory, servers, startup
 from bench.daemon import Daemon, running
 from bench.effort import FULL, QUICK, Effort
 from bench.table import Section, as_json, render
@@ -24,17 +24,19 @@ WIDTH = 160
 
 
 def _on_a_daemon(
-    measure: Callable[[Effort, Daemon], list[Section]],
+    measure: Callable[[Effort, Daemon], list[Section]], *options: str
 ) -> Callable[[Effort], list[Section]]:
     def on_a_fresh_one(effort: Effort) -> list[Section]:
-        with running() as daemon:
+        with running(*options) as daemon:
             return measure(effort, daemon)
 
     return on_a_fresh_one
 
 
 MEASUREMENTS: dict[str, Callable[[Effort], list[Section]]] = {
-    "capture": _on_a_daemon(capture.measure),
+    # Only `cgroup` leaves the connections of other cgroups alone.
+    "capture": _on_a_daemon(capture.measure, "--hooks", "cgroup"),
+    "hook-sets": hook_sets.measure,
     "lookups": lookups.measure,
     "servers": _on_a_daemon(servers.measure),
     "memory": _on_a_daemon(memory.measure),
@@ -60,7 +62,8 @@ def main(quick: bool, only: tuple[str, ...], file: Path | None) -> None:
     """Measure peercredd against doing without it, and against its rivals.
 
     Prints one table. Needs root: it loads BPF programs, bounded to cgroups of its own, and
-    works in a network namespace of its own.
+    works in a network namespace of its own. Where the kernel lets programs trace it, "hook-sets"
+    compares some that see the whole host.
     """
     if os.geteuid() != 0:
         raise click.ClickException("the benchmark loads BPF programs: run it as root")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, TextIO
 
 import click
 
@@ -64,6 +64,6 @@ def orders() -> Iterator[Any]:
     return map(json.loads, sys.stdin)
 
 
-def answer(message: object) -> None:
-    """In the child: be heard."""
-    print(json.dumps(message), flush=True)
+def answer(message: object, to: TextIO | None = None) -> None:
+    """In the child: be heard. `to` is standard output, should that lead elsewhere by now."""
+    print(json.dumps(message), file=to, flush=True)

@@ -54,7 +54,7 @@ def cgroup(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def running() -> Iterator[Daemon]:
+def running(*options: str) -> Iterator[Daemon]:
     """Start a daemon, wait until its socket answers, enter its cgroup; undo it all."""
     with (
         tempfile.TemporaryDirectory(prefix=f"peercredd-bench-{os.getpid()}-") as folder,
@@ -69,6 +69,7 @@ def running() -> Iterator[Daemon]:
                 *COMMAND,
                 *("--config", "/dev/null", "--group", "root", "--cgroup", str(captured)),
                 *("--pin-dir", str(pin_dir), "--socket", str(path)),
+                *options,
             ],
             stdout=log,
             stderr=log,
