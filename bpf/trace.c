@@ -131,9 +131,11 @@ KFUNC_PROBE(tcp_init_transfer)
     return 0;
 }
 
+/* From here on no bounds are looked at: what is not captured has no record either. */
+
 KRETFUNC_PROBE(inet_csk_accept)
 {
-    void *socket = captured_socket(RESULT(inet_csk_accept));
+    void *socket = tcp_sock_of((void *)RESULT(inet_csk_accept));
     if (socket)
         accept(LOAD(u64, (u64)socket, sock_cookie));
     return 0;
@@ -144,7 +146,7 @@ KFUNC_PROBE(tcp_set_state)
 {
     if ((u32)ARGUMENT(tcp_set_state, state) != TCP_CLOSE_STATE)
         return 0;
-    void *socket = captured_socket(ARGUMENT(tcp_set_state, sk));
+    void *socket = tcp_sock_of((void *)ARGUMENT(tcp_set_state, sk));
     if (!socket)
         return 0;
     u64 cookie = LOAD(u64, (u64)socket, sock_cookie);
@@ -156,7 +158,7 @@ KFUNC_PROBE(tcp_set_state)
 /* Runs when the last descriptor of a socket goes, from inet_release(). */
 KFUNC_PROBE(tcp_close)
 {
-    void *socket = captured_socket(ARGUMENT(tcp_close, sk));
+    void *socket = tcp_sock_of((void *)ARGUMENT(tcp_close, sk));
     if (!socket)
         return 0;
     u64 cookie = LOAD(u64, (u64)socket, sock_cookie);
