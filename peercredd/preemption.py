@@ -38,4 +38,6 @@ def why_not_to_trace() -> str | None:
     found = model()
     if found in ("none", "voluntary"):
         return None
+    if found == "unknown":
+        return f"whether this kernel preempts itself is not known; mount debugfs: {_DYNAMIC}"
     return f"tracing programs miss calls on a kernel that preempts itself (preempt={found})"

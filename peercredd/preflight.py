@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
 
-from peercredd import defaults, pins
+from peercredd import defaults, pins, preemption
 from peercredd.config import Config
 from peercredd.hooks import HOOK_SETS
 from peercredd.mounts import CgroupError, cgroup_directory, mount_points
@@ -126,6 +126,8 @@ def _loadable(hook_set: str, hooks: str) -> Check:
         return Check(name, "unused", f"not tried: capture.hooks is {hooks}")
     if missing_capabilities():
         return Check(name, "unknown", "only root can ask the verifier", "run it as root, with sudo")
+    if hooks == "auto" and hook_set == "trace" and (objection := preemption.why_not_to_trace()):
+        return Check(name, "unused", objection, "name it to have it all the same: --hooks trace")
     return _child(
         name,
         [*LOADER, "--dry-run", hook_set, "--log"],

@@ -35,3 +35,21 @@ def test_a_kernel_that_can_change_its_model_is_asked(tmp_path: Path, said: str, 
 )
 def test_of_others_the_version_tells(tmp_path: Path, version: str, model: str) -> None:
     assert preemption.model(version, tmp_path / "not there") == model
+
+
+@pytest.mark.parametrize("model", ["none", "voluntary"])
+def test_nothing_speaks_against_tracing_a_kernel_that_lets_its_own_code_finish(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr(preemption, "model", lambda: model)
+    assert preemption.why_not_to_trace() is None
+
+
+@pytest.mark.parametrize("model", ["full", "lazy", "rt", "unknown"])
+def test_tracing_is_advised_against_where_calls_are_missed_or_may_be(
+    monkeypatch: pytest.MonkeyPatch, model: str
+) -> None:
+    monkeypatch.setattr(preemption, "model", lambda: model)
+    reason = preemption.why_not_to_trace()
+    assert reason
+    assert len(reason.splitlines()) == 1

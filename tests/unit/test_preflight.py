@@ -6,7 +6,7 @@ from typing import Literal
 import pytest
 from click.testing import CliRunner, Result
 
-from peercredd import preflight
+from peercredd import preemption, preflight
 from peercredd.cli import main
 from peercredd.config import Config, load
 from peercredd.preflight import Check
@@ -25,6 +25,7 @@ def loader(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Loader:
     script = tmp_path / "loader.py"
     monkeypatch.setattr(preflight, "LOADER", (str(script),))
     monkeypatch.setattr(preflight, "missing_capabilities", list)
+    monkeypatch.setattr(preemption, "why_not_to_trace", lambda: None)
 
     def install(program: str) -> None:
         script.write_text(f"import sys\nhook_set = sys.argv[2]\n{program}")
@@ -76,6 +77,16 @@ def test_with_auto_one_that_works_is_enough_and_the_other_says_why_not(
     assert checks[broken].outcome == "unused"
     assert checks[broken].detail == "the kernel cannot attach to tcp_connect"
     assert checks[broken].mend == "run another kernel"
+
+
+def test_auto_spares_trace_where_it_would_miss_calls(
+    loader: Loader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loader("")
+    monkeypatch.setattr(preemption, "why_not_to_trace", lambda: "it would miss calls")
+
+    assert (loads()["trace"].outcome, loads()["trace"].detail) == ("unused", "it would miss calls")
+    assert loads("trace")["trace"].outcome == "ok"
 
 
 def test_with_auto_none_that_works_is_a_failure(loader: Loader) -> None:
