@@ -17,6 +17,7 @@ import json
 import os
 import signal
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,8 @@ from peercredd.records import ABOUT_SIZE
 
 _ABOUT_KEY = bytes(4)
 _PR_SET_PDEATHSIG = 1
+_REASON_LENGTH = 500
+"""Characters, of a reason that has to fit into `ABOUT_SIZE`."""
 
 
 def main(arguments: list[str]) -> int:
@@ -117,8 +120,8 @@ def _first_that_works(
     failed: dict[str, str] = {}
     if asked == "auto" and (objection := preemption.why_not_to_trace()):
         failed["trace"] = objection
-    for hook_set in hooks.HOOK_SETS if asked == "auto" else (asked,):
-        if hook_set in failed:
+    for hook_set in hooks.HOOK_SETS:
+        if asked not in ("auto", hook_set) or hook_set in failed:
             continue
         try:
             loaded = capture.load(
@@ -132,7 +135,7 @@ def _first_that_works(
             pins.clean(pin_dir)
             if asked != "auto":
                 raise
-            failed[hook_set] = str(error.strerror)
+            failed[hook_set] = textwrap.shorten(str(error.strerror), _REASON_LENGTH)
         else:
             why = "is preferred" if asked == "auto" else "was asked for"
             others = {
