@@ -1,0 +1,107 @@
+"""What building a box refuses, and what it leaves behind when it is interrupted."""
+
+from __future__ import annotations
+
+import shlex
+import signal
+import socket
+import subprocess
+
+import pytest
+
+from harness.lab import HANGS, Lab
+from harness.patience import patient
+
+NOBODY = ("unshare", "--user", "--map-user=65534", "--")
+
+
+def test_without_root_no_box_is_built(lab: Lab) -> None:
+    assert "not root" in lab.refusal("vm-box", "debian12", before=NOBODY)
+
+
+@pytest.mark.root
+def test_without_space_nothing_is_begun(lab: Lab) -> None:
+    lab.folder.mkdir()
+    mount = f"mount -t tmpfs -o size=64m lab {shlex.quote(str(lab.folder))}"
+    in_little_space = ("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
+
+    said = lab.refusal("vm-box", "debian12", before=in_little_space)
+
+    assert "64 MiB free" in said
+    assert "PEERCREDD_LAB" in said
+
+
+@pytest.mark.usefixtures("needs_qemu")
+def test_a_box_for_another_architecture_is_refused_with_the_way_to_another(lab: Lab) -> None:
+    box = lab.box(HANGS, architecture="arm64")
+
+    said = lab.refusal("vm-test", "debian12")
+
+    assert "is for arm64, and amd64 is needed" in said
+    assert f"rm -r {box.folder}" in said
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("needs_mmdebstrap")
+def test_a_mirror_that_does_not_answer_is_named_and_leaves_nothing(lab: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as closed:
+        mirror = f"http://127.0.0.1:{closed.getsockname()[1]}/debian"
+
+    said = lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR=mirror)
+
+    assert "mmdebstrap failed" in said
+    assert "PEERCREDD_DEBIAN_MIRROR" in said
+    assert contents(lab) == ["debian12.lock"]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("needs_mmdebstrap")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_build_that_is_interrupted_leaves_no_process_and_no_half_box(
+    lab: Lab, number: signal.Signals
+) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mirror:
+        process, download = building(lab, mirror)
+
+        process.send_signal(number)
+
+        until_ended(download)
+        assert process.wait(patient(60)) != 0
+    assert contents(lab) == ["debian12.lock"]
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("needs_mmdebstrap")
+def test_a_build_that_is_killed_leaves_no_process_and_what_the_next_one_removes(lab: Lab) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mirror:
+        process, download = building(lab, mirror)
+
+        process.kill()
+
+        until_ended(download)
+    assert len(contents(lab)) == 2
+
+    lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR="http://127.0.0.1:1/debian")
+
+    assert contents(lab) == ["debian12.lock"]
+
+
+def building(lab: Lab, mirror: socket.socket) -> tuple[subprocess.Popen[str], socket.socket]:
+    """Begin a build from a mirror that never answers, and wait until it is asked."""
+    address = "http://{}:{}/debian".format(*mirror.getsockname())
+    process = lab.start("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR=address)
+    mirror.settimeout(patient(60))
+    download, _ = mirror.accept()
+    download.settimeout(patient(60))
+    return process, download
+
+
+def until_ended(download: socket.socket) -> None:
+    """Wait until no process has the download's other end."""
+    with download:
+        while download.recv(1 << 16):
+            pass
+
+
+def contents(lab: Lab) -> list[str]:
+    return sorted(path.name for path in lab.folder.iterdir())

@@ -1,0 +1,99 @@
+"""A machine ends when its lab ends, and says why it does not boot."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import signal
+import subprocess
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+
+from harness.lab import CRASHES, HANGS, QEMU, Lab
+from harness.patience import patient
+from vagrant import machine
+from vagrant.errors import LabError
+
+pytestmark = pytest.mark.usefixtures("needs_qemu")
+
+
+def test_a_kernel_that_crashes_is_said_to_have_ended(lab: Lab) -> None:
+    lab.box(CRASHES)
+    process = lab.start("vm-test", "debian12", PEERCREDD_VM_ACCELERATOR="tcg")
+
+    table, _ = process.communicate()
+
+    assert process.returncode == 1
+    assert "debian12 did not boot: QEMU has ended" in " ".join(table.split())
+
+
+def test_a_kernel_that_hangs_is_not_waited_for_forever(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "BOOT_SECONDS", 1)
+
+    async def boot() -> None:
+        async with machine.running(lab.box(HANGS), "tcg", 1, tmp_path):
+            raise AssertionError("it boots")
+
+    with pytest.raises(LabError, match="did not boot within 1 s"):
+        asyncio.run(boot())
+
+    assert not qemus(os.getpid())
+    assert not (tmp_path / "ssh-key").exists()
+
+
+def test_what_hangs_a_kernel_is_no_acceleration(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("PEERCREDD_VM_ACCELERATOR", raising=False)
+    monkeypatch.setattr(machine, "PROBE_SECONDS", 1)
+
+    assert asyncio.run(machine.accelerator(lab.box(HANGS))) == "tcg"
+    assert capsys.readouterr().err.startswith("KVM does not work here: emulating")
+
+
+def test_an_accelerator_that_there_is_not_is_told_those_there_are(lab: Lab) -> None:
+    lab.box(HANGS)
+
+    said = lab.refusal("vm-test", "debian12", PEERCREDD_VM_ACCELERATOR="warp")
+
+    assert said.endswith("PEERCREDD_VM_ACCELERATOR=warp: take one of: kvm, tcg")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_run_that_is_interrupted_leaves_no_machine(lab: Lab, number: signal.Signals) -> None:
+    lab.box(HANGS)
+    process = lab.start("vm-test", "debian12", PEERCREDD_VM_ACCELERATOR="tcg")
+    qemu = wait_for_qemu(process)
+
+    process.send_signal(number)
+
+    ended = select.poll()
+    ended.register(qemu, select.POLLIN)
+    assert ended.poll(patient(30) * 1000)
+    os.close(qemu)
+    assert process.wait(patient(30)) != 0
+
+
+def wait_for_qemu(lab: subprocess.Popen[str]) -> int:
+    """Wait until the lab's child has become QEMU; returns a pidfd of it."""
+    while lab.poll() is None:
+        for pid in qemus(lab.pid):
+            return os.pidfd_open(pid)
+        os.sched_yield()
+    raise AssertionError(lab.communicate())
+
+
+def qemus(parent: int) -> list[int]:
+    """The children of a process that run QEMU."""
+    found = []
+    for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        with suppress(FileNotFoundError, ProcessLookupError):
+            # The kernel keeps 15 letters of a name.
+            if Path(f"/proc/{pid}/comm").read_text().strip() == QEMU[:15]:
+                found.append(int(pid))
+    return found
