@@ -14,6 +14,7 @@ from harness.daemon import Daemon
 from harness.patience import patient
 from harness.requirements import cannot_run, why_no_hook_set, why_no_kernel, why_no_root
 from harness.stage import Stage
+from peercredd import preemption
 from peercredd.hooks import HOOK_SETS
 
 CHOSEN_HOOK_SETS = pytest.StashKey[tuple[str, ...]]()
@@ -25,7 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         action="append",
         choices=HOOK_SETS,
         help="test with this hook set; may be repeated. "
-        "The default is cgroup, and trace on a kernel that takes it",
+        "The default is cgroup, and trace on a kernel where --hooks auto takes it",
     )
 
 
@@ -38,7 +39,7 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     config.stash[CHOSEN_HOOK_SETS] = tuple(
         config.getoption("hook_set")
-        or (name for name in HOOK_SETS if name == "cgroup" or not why_no_hook_set(name))
+        or (name for name in HOOK_SETS if name == "cgroup" or not why_not_by_itself(name))
     )
 
 
@@ -47,8 +48,15 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     left_out = (name for name in HOOK_SETS if name not in chosen)
     return [
         f"hook sets: {', '.join(chosen)}",
-        *(f"not {name}: {why_no_hook_set(name) or 'not asked for'}" for name in left_out),
+        *(f"not {name}: {why_not_by_itself(name) or 'not asked for'}" for name in left_out),
     ]
+
+
+def why_not_by_itself(hook_set: str) -> str | None:
+    """Why it is not tested with a hook set unless that is asked for."""
+    return why_no_hook_set(hook_set) or (
+        preemption.why_not_to_trace() if hook_set == "trace" else None
+    )
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
@@ -69,6 +77,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         seconds = marked.args[0] if marked else config.getoption("timeout")
         limit = patient(float(seconds or config.getini("timeout")))
         item.add_marker(pytest.mark.timeout(limit), append=False)
+        item.user_properties.append(("hook_set", hook_set_of(item) or "any"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -408,7 +408,7 @@ def test_a_namespace_that_only_sockets_are_left_of_is_not_swept(swept_stage: Sta
     assert stage.peer(client, ends).pid == server.pid
 
 
-@pytest.mark.xfail(reason="the cgroup hook set is not told of a second listen()", strict=True)
+@pytest.mark.xfail(reason="no hook set is told of a second listen()", strict=True)
 def test_a_listener_may_listen_again_and_is_then_the_one_who_did(stage: Stage) -> None:
     first, second, client = stage.actor(SERVICE), stage.actor(BOB), stage.actor(ALICE)
     listener = stage.listen(first, V4)

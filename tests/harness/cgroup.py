@@ -26,9 +26,8 @@ class Cgroup:
     """A folder in another, or in the root, removed with all that lives in it."""
 
     def __init__(self, above: Cgroup | None = None) -> None:
-        self.path = (
-            above.path if above else mount_point()
-        ) / f"peercredd-test-{uuid.uuid4().hex[:12]}"
+        folder = above.path if above else mount_point()
+        self.path: Path = folder / f"peercredd-test-{uuid.uuid4().hex[:12]}"
         self.path.mkdir()
 
     def add(self, pid: int) -> None:

@@ -19,6 +19,7 @@ from collections import Counter
 from typing import Any
 
 from harness import steps
+from harness.acceptors import acceptor_of, told_acceptor
 from harness.patience import patient
 from harness.routes import MAPPED, V4, V6
 
@@ -79,6 +80,8 @@ class Server:
         import peercred
 
         self._client = peercred.Client(address, timeout=patient(60))
+        hook_set = self._client.status().hook_set
+        self._acceptor = told_acceptor(hook_set, os.getpid(), os.geteuid())
         self._credits_fd = credits_fd
         self._listeners = []
         for route in ROUTES:
@@ -130,6 +133,8 @@ class Server:
                 self.wrong.append(f"pid {pid} uid {uid}: {type(answer).__name__}: {answer}")
             elif (found.pid, found.uid, found.gid, found.real_uid) != (pid, uid, uid, uid):
                 self.wrong.append(f"pid {pid} uid {uid}: {answer}")
+            elif acceptor_of(found) != self._acceptor:
+                self.wrong.append(f"accepted by {self._acceptor}: {answer}")
             else:
                 self.right[uid] += 1
         for sock in accepted:

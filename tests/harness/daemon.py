@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -12,13 +14,9 @@ import uuid
 from pathlib import Path
 from types import TracebackType
 
-import grpc
-
 import peercred
 from harness.cgroup import Cgroup
-from harness.patience import patient
-from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1 import peer_credentials_pb2_grpc as rpc
+from harness.patience import CALL_SECONDS, patient
 
 RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 """What must be empty when no socket is left."""
@@ -26,7 +24,6 @@ RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 START_SECONDS = patient(60)
 STOP_SECONDS = patient(30)
 EMPTY_SECONDS = patient(10)
-CALL_SECONDS = patient(5)
 _NEVER = "86400"
 
 
@@ -55,6 +52,8 @@ class Daemon:
         self._last_words = ""
         configuration = folder / "peercredd.toml"
         configuration.touch()
+        self._notifications = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self._notifications.bind(str(folder / "notify"))
         with self._log.open("wb") as log:
             self.process = subprocess.Popen(
                 [
@@ -73,6 +72,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
+                env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify")},
             )
         try:
             self._wait_until_ready()
@@ -95,8 +95,7 @@ class Daemon:
         """End the daemon with SIGKILL: its capture stays."""
         self.process.kill()
         self.process.wait()
-        self.log()
-        self._folder.cleanup()
+        self._forget()
 
     def close(self, *, keeps: bool = False) -> None:
         """Stop the daemon with SIGTERM; raises AssertionError unless it ends cleanly.
@@ -114,8 +113,12 @@ class Daemon:
                 self.process.kill()
                 self.process.wait()
             self._unload()
-            self.log()
-            self._folder.cleanup()
+            self._forget()
+
+    def _forget(self) -> None:
+        self.log()
+        self._notifications.close()
+        self._folder.cleanup()
 
     def _unload(self) -> None:
         """Take away what a daemon that failed has left; pins that were given are the giver's."""
@@ -124,23 +127,14 @@ class Daemon:
             subprocess.run([sys.executable, "-m", "peercredd", *unload], check=True)
 
     def _wait_until_ready(self) -> None:
-        deadline = time.monotonic() + START_SECONDS
-        # What does not listen yet is tried again soon.
-        options = [
-            ("grpc.initial_reconnect_backoff_ms", 50),
-            ("grpc.max_reconnect_backoff_ms", 100),
-        ]
-        with grpc.insecure_channel(self.address, options) as channel:
-            while True:
-                try:
-                    rpc.PeerCredentialsStub(channel).GetStatus(
-                        pb.GetStatusRequest(), wait_for_ready=True, timeout=patient(1)
-                    )
-                except grpc.RpcError as error:
-                    if self.process.poll() is not None or time.monotonic() > deadline:
-                        raise RuntimeError(f"peercredd does not answer:\n{self.log()}") from error
-                else:
-                    return
+        """Wait until the daemon says that it serves, as it does to systemd."""
+        with os.fdopen(os.pidfd_open(self.process.pid)) as process:
+            changes = select.poll()
+            changes.register(self._notifications, select.POLLIN)
+            changes.register(process, select.POLLIN)
+            changed = [fd for fd, _ in changes.poll(START_SECONDS * 1000)]
+        if self._notifications.fileno() not in changed:
+            raise RuntimeError(f"peercredd does not serve:\n{self.log()}")
 
     def __enter__(self) -> Daemon:
         return self

@@ -14,3 +14,7 @@ FACTOR = float(os.environ.get("PEERCREDD_TIMEOUT_FACTOR", "1"))
 def patient(seconds: float) -> float:
     """A deadline, for the machine that this is."""
     return seconds * FACTOR
+
+
+CALL_SECONDS = patient(5)
+"""For one call of the daemon."""

@@ -8,10 +8,10 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from types import TracebackType
-from typing import NamedTuple
 
 import peercred
 from harness import oracle, steps
+from harness.acceptors import Acceptor, acceptor_of, told_acceptor
 from harness.actors import Actor, Origin
 from harness.channel import Descriptor
 from harness.daemon import occupancy, wait_until_empty
@@ -25,13 +25,6 @@ from peercred import PeerCredentials
 SWEEP_SECONDS = patient(30)
 
 Connect = Callable[[Both[int], Addresses], None]
-
-
-class Acceptor(NamedTuple):
-    """The task that accepted a connection."""
-
-    pid: int
-    uid: int
 
 
 @dataclass(frozen=True)
@@ -123,15 +116,11 @@ class Stage:
 
     def acceptor(self, actor: Actor, fd: int) -> Acceptor | None:
         """Who accepted, as an actor at either end is told."""
-        acceptor = self.answer(actor, fd).acceptor
-        return acceptor and Acceptor(acceptor.pid, acceptor.uid)
+        return acceptor_of(self.answer(actor, fd))
 
     def told(self, acceptor: Actor, uid: int) -> Acceptor | None:
-        """What is to be told of who accepted: the `cgroup` hook set cannot see it.
-
-        That is the one difference between the hook sets.
-        """
-        return Acceptor(acceptor.pid, uid) if self.hook_set == "trace" else None
+        """What they have to be told, if that is who accepted."""
+        return told_acceptor(self.hook_set, acceptor.pid, uid)
 
     def refusal(self, actor: Actor, fd: int) -> str:
         """Why nobody is known at the other end of an actor's TCP socket."""

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import peercred
-from harness import churn, steps
+from harness import churn, patience, steps
 from harness.cgroup import Cgroup
 from harness.channel import Descriptor
 from harness.daemon import Daemon, drops
@@ -24,7 +24,7 @@ pytestmark = pytest.mark.kernel
 
 SERVERS = 2
 CLIENTS_PER_SERVER = 2
-PROCESSES_PER_CLIENT = 200
+PROCESSES_PER_CLIENT = 200 if patience.FACTOR == 1 else 100
 CONNECTIONS_PER_PROCESS = 252
 UIDS = [ALICE, BOB, CAROL, DAVE, DAVE + 1]
 
@@ -64,7 +64,7 @@ class Server:
 
 
 @pytest.mark.timeout(1200)
-def test_of_200_000_short_lived_connections_none_is_wrong_and_none_is_missing(
+def test_of_100_000_and_more_short_lived_connections_none_is_wrong_and_none_is_missing(
     stage: Stage, daemon: Daemon, cgroup: Cgroup, client: peercred.Client
 ) -> None:
     dropped = drops(client)
@@ -97,7 +97,7 @@ def test_of_200_000_short_lived_connections_none_is_wrong_and_none_is_missing(
             wrong += server_wrong
     assert wrong == []
     assert right == made
-    assert made.total() >= 200_000
+    assert made.total() >= (200_000 if patience.FACTOR == 1 else 100_000)
     assert set(made) == set(UIDS)
     stage.wait_until_empty()
     assert drops(client) == dropped

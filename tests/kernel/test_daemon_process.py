@@ -20,8 +20,7 @@ import pytest
 
 import peercred
 from harness.cgroup import Cgroup
-from harness.daemon import CALL_SECONDS
-from harness.patience import patient
+from harness.patience import CALL_SECONDS, patient
 from peercredd import pins
 from peercredd.hooks import HOOK_SETS
 

@@ -22,7 +22,7 @@ from harness.requirements import why_no_hook_set
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, SERVICE
-from peercredd import hooks, pins
+from peercredd import hooks, pins, preemption
 from peercredd.btf import FunctionMissing, KernelTypes, Prototype
 from peercredd.libbpf import KernelError
 
@@ -33,8 +33,9 @@ FUNCTIONS = [program.name for program in hooks.PROGRAMS["trace"]]
 
 LOADER = """
 import sys
-from peercredd import btf, capture, hooks, loader
+from peercredd import btf, capture, hooks, loader, preemption
 
+preemption.why_not_to_trace = lambda: None
 {patch}
 sys.exit(loader.main(sys.argv[1:]))
 """
@@ -82,6 +83,8 @@ UNUSABLE = {
 }
 """Kernels on which `trace` does not work, and what is said of each."""
 
+PREEMPTING = ("preemption.why_not_to_trace = lambda: 'it misses calls'", "it misses calls")
+
 
 def run_loader(patch: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -122,9 +125,9 @@ def test_auto_takes_trace_where_the_kernel_does_and_says_why_not_the_other(cgrou
     with Daemon(cgroup, "auto") as daemon, daemon.client() as client:
         status = client.status()
     ((unused, reason),) = ((each.hook_set, each.reason) for each in status.unused_hook_sets)
-    if why_no_hook_set("trace"):
+    if objection := preemption.why_not_to_trace() or why_no_hook_set("trace"):
         assert (status.hook_set, unused) == ("cgroup", "trace")
-        assert reason == "this kernel takes no tracing programs (fentry)"
+        assert reason.split(" (")[0] in objection
     else:
         assert (status.hook_set, unused) == ("trace", "cgroup")
         assert reason == "trace is preferred (--hooks auto)"
@@ -142,11 +145,11 @@ def test_the_hook_set_that_was_asked_for_is_said_to_be(
 
 
 @pytest.mark.hook_sets("trace")
-@pytest.mark.parametrize("why", UNUSABLE)
-def test_auto_goes_on_with_cgroup_where_trace_does_not_work_and_says_so(
+@pytest.mark.parametrize("why", [*UNUSABLE, "preempting"])
+def test_auto_goes_on_with_cgroup_where_trace_does_not_work_well_and_says_so(
     hook_set: str, own_pins: Pins, why: str
 ) -> None:
-    patch, reason = UNUSABLE[why]
+    patch, reason = {**UNUSABLE, "preempting": PREEMPTING}[why]
     done = own_pins.load(patch, "auto")
     assert done.returncode == 0, done.stderr
     about = json.loads(done.stdout)["about"]

@@ -110,6 +110,8 @@ def test_capture_goes_on_while_a_killed_daemon_is_down(place: Place) -> None:
         place.assert_attached_once()
         assert stage.peer(server, accepted_before)[:2] == (before.pid, ALICE)
         assert stage.peer(server, accepted_while_down)[:2] == (while_down.pid, BOB)
+        for accepted in (accepted_before, accepted_while_down):
+            assert stage.acceptor(server, accepted.tcp) == stage.told(server, SERVICE)
     place.assert_nothing_attached()
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import peercred
 from harness import oracle, steps
+from harness.acceptors import acceptor_of
 from harness.actors import Actor
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
@@ -62,6 +63,7 @@ def test_a_listener_older_than_the_capture_learns_who_connects_and_is_not_named(
     with server.borrow(accepted.tcp) as sock:
         answer = oracle.tcp_answer(late, sock)
     assert (answer.pid, answer.uid) == (bob.pid, BOB)
+    assert acceptor_of(answer) == stage.told(server, SERVICE)
     with bob.borrow(ends.tcp) as sock:
         assert oracle.refusal(late, sock) == "OLDER_THAN_CAPTURE"
     (recorded,) = late.connections(client_uid=BOB)
