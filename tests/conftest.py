@@ -37,6 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "hook_sets(*names): of a promise that only these hook sets can keep"
     )
+    # BCC 0.37 declares its structures in a way that Python 3.14 warns of.
+    config.addinivalue_line("filterwarnings", "ignore:Due to '_pack_':DeprecationWarning")
     config.stash[CHOSEN_HOOK_SETS] = tuple(
         config.getoption("hook_set")
         or (name for name in HOOK_SETS if name == "cgroup" or not why_not_by_itself(name))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 PROJECT = Path(__file__).resolve().parents[2]
-TYPED = ("peercredd", "clients", "proto", "bench", "tests")
+TYPED = ("peercredd", "clients", "proto", "bench", "vagrant", "tests")
 LINTERS = {
     "ruff check": ("ruff", "check", "."),
     "ruff format": ("ruff", "format", "--check", "--diff", "."),
