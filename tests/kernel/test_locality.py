@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable
 from typing import Any
@@ -61,7 +62,14 @@ def test_a_connect_that_leaves_the_host_leaves_nothing_in_any_table(
     client = stage.actor(ALICE, namespace=host)
     listener = stage.listen(server, route)
     ends = client(steps.sockets, route)
-    client(how, ends.tcp, listener.addresses.tcp)
+    try:
+        client(how, ends.tcp, listener.addresses.tcp)
+    except OSError as error:
+        # Debian 12's 6.1 has no Fast Open for MPTCP. What is refused leaves nothing either.
+        if error.errno != errno.EOPNOTSUPP or route.client_protocol != IPPROTO_MPTCP:
+            raise
+        stage.assert_empty()
+        return
     stage.assert_empty()
     accepted = server(steps.accept_one, listener.fds.tcp)
     stage.assert_empty()
