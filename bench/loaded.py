@@ -11,8 +11,6 @@ import sys
 
 from bench.child import answer, orders
 from peercredd import capture, defaults
-from peercredd.hooks import Traced
-from peercredd.libbpf import attach_to_cgroup, attach_to_function
 
 
 def _obey(hook_set: str, cgroup: str) -> None:
@@ -22,11 +20,7 @@ def _obey(hook_set: str, cgroup: str) -> None:
     answer("loaded")
     for attach in orders():
         if attach:
-            for program, descriptor in loaded.programs.items():
-                if isinstance(program, Traced):
-                    links.append(attach_to_function(descriptor, program.name))
-                else:
-                    links.append(attach_to_cgroup(descriptor, directory, program.attach_type))
+            links += [each.attach(fd, directory) for each, fd in loaded.programs.items()]
             answer(None)
         else:
             while links:

@@ -6,7 +6,7 @@ import errno
 from typing import NamedTuple
 
 from peercredd.btf import KernelTypes, Prototype
-from peercredd.libbpf import KernelError
+from peercredd.libbpf import KernelError, attach_to_cgroup, attach_to_function
 
 
 class Program(NamedTuple):
@@ -15,6 +15,10 @@ class Program(NamedTuple):
     name: str
     program_type: int
     attach_type: int
+
+    def attach(self, program: int, cgroup: int) -> int:
+        """Attach the loaded program to an open cgroup directory; a link's descriptor."""
+        return attach_to_cgroup(program, cgroup, self.attach_type)
 
 
 class Traced(NamedTuple):
@@ -28,6 +32,10 @@ class Traced(NamedTuple):
     """Its type, for a program that runs when the function returns."""
     on_every_path: bool = True
     """Whether each connection passes through."""
+
+    def attach(self, program: int, _: int) -> int:
+        """Attach the loaded program, wherever the capture is bounded; a link's descriptor."""
+        return attach_to_function(program, self.name)
 
 
 # Retire comes first and establish last: what is recorded can be retired. Numbers of

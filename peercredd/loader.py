@@ -26,7 +26,6 @@ from peercredd import capture, hooks, namespaces, older, pins, preemption, trial
 from peercredd.libbpf import (
     KernelError,
     Map,
-    attach_to_cgroup,
     attach_to_function,
     get_pinned,
     link_cgroup_id,
@@ -158,10 +157,7 @@ def attach(loaded: capture.Capture, cgroup: Path, staged: Path) -> None:
     directory = os.open(cgroup, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         for program, descriptor in loaded.programs.items():
-            if isinstance(program, hooks.Traced):
-                link = attach_to_function(descriptor, program.name)
-            else:
-                link = attach_to_cgroup(descriptor, directory, program.attach_type)
+            link = program.attach(descriptor, directory)
             pin(link, staged / pins.LINKS / program.name)
             os.close(link)
     finally:

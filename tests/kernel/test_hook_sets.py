@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -22,9 +23,10 @@ from harness.requirements import why_no_hook_set
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, SERVICE
-from peercredd import hooks, pins, preemption
+from peercredd import hooks, pins, preemption, store
 from peercredd.btf import FunctionMissing, KernelTypes, Prototype
 from peercredd.libbpf import KernelError
+from peercredd.store import Store
 
 pytestmark = pytest.mark.kernel
 
@@ -240,6 +242,19 @@ def test_each_program_is_listed_by_the_name_of_its_place_and_attached(
         program.name for program in hooks.PROGRAMS[hook_set]
     }
     assert all(each.attached for each in attachments)
+
+
+@pytest.mark.hook_sets("trace")
+def test_while_ftrace_is_off_no_program_counts_as_attached(
+    hook_set: str, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with closing(Store(daemon.pin_dir)) as opened:
+        assert opened.is_attached()
+        # The sysctl itself would silence every daemon of the host.
+        (tmp_path / "ftrace_enabled").write_text("0\n")
+        monkeypatch.setattr(store, "_FTRACE", tmp_path / "ftrace_enabled")
+        assert not opened.is_attached()
+        assert not any(each.attached for each in opened.attachments().values())
 
 
 def test_what_the_kernel_skipped_is_counted_where_it_skips(

@@ -163,7 +163,7 @@ def test_another_hook_set_replaces_a_kept_capture(place: Place) -> None:
 KILLED_LOADER = textwrap.dedent(
     """
     import functools, os, signal, sys
-    from peercredd import capture, loader, pins
+    from peercredd import capture, hooks, loader, pins
 
     settings, pin_dir = sys.argv[1], pins.Path(sys.argv[2])
     capture.load = functools.cache(capture.load)
@@ -178,7 +178,7 @@ KILLED_LOADER = textwrap.dedent(
         return wrapper
 
     for module, name in (
-        *((loader, name) for name in ("pin", "attach_to_cgroup", "attach_to_function")),
+        (loader, "pin"), (hooks, "attach_to_cgroup"), (hooks, "attach_to_function"),
         (loader.trial, "run"), (loader.older, "learn"), (pins, "publish"),
     ):
         setattr(module, name, counted(getattr(module, name)))
