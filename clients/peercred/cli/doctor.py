@@ -210,7 +210,7 @@ def check_missed_runs(client: Client) -> Check:
             name,
             Outcome.WARNING,
             f"the kernel left out runs of {', '.join(missed)}: as many connections may have no "
-            "record, and lookups of them say 'not found', never a wrong name",
+            "record, and lookups of them say 'not found'",
             MEND_MISSED_RUNS,
         )
     if all(attachment.missed_count is None for attachment in attachments):
