@@ -3,10 +3,6 @@
  * The `cgroup` hook set: for kernels that do not let tracing programs attach. Its
  * programs see the sockets created in the cgroup that they are attached to, and
  * below. There is no hook at accept().
- *
- * The compiler may fuse neighbouring context loads, or move them behind pointer
- * arithmetic; the verifier refuses both. KEEP() makes it load each whole and at
- * once.
  */
 #include <bcc/proto.h>
 #include "records.h"
@@ -14,10 +10,9 @@
 #include "kernel.h"
 #include "credentials.h"
 #include "core.h"
+#include "so_peercred.h"
 
 #define BPF_LICENSE Dual MIT/GPL
-
-#define KEEP(value) asm volatile("" : "+r"(value))
 
 /* Runs in connect(), before the route is chosen; always lets the call proceed. Not
  * run for AF_UNSPEC (__inet_stream_connect() in net/ipv4/af_inet.c). */

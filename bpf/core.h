@@ -297,16 +297,22 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
 
 static __always_inline void listen(void *storage, u64 cookie, bool had_cookie)
 {
-    struct server_socket server = {.role = ROLE_LISTENER, .listener_cookie = cookie};
-
     wipe(storage, cookie, had_cookie);
-    enum drop reason = read_credentials(&server.listener);
-    if (reason != DROP_NONE) {
-        count_drop(reason);
+    server_sockets.sk_storage_delete(storage); /* of its own listener, if it was a child */
+    struct server_socket *server =
+        server_sockets.sk_storage_get(storage, 0, BPF_SK_STORAGE_GET_F_CREATE);
+    if (!server) {
+        count_drop(DROP_NO_STORAGE);
         return;
     }
-    if (!server_sockets.sk_storage_get(storage, &server, BPF_SK_STORAGE_GET_F_CREATE))
-        count_drop(DROP_NO_STORAGE);
+    enum drop reason = read_credentials(&server->listener);
+    if (reason != DROP_NONE) {
+        count_drop(reason);
+        server_sockets.sk_storage_delete(storage);
+        return;
+    }
+    server->listener_cookie = cookie;
+    server->role = ROLE_LISTENER;
 }
 
 /* ---- connect ---- */
@@ -470,6 +476,10 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     }
     server->role = ROLE_CHILD;
     server->gone = 0;
+    server->cookie = server_cookie;
+    server->client_tgid = record->client.tgid;
+    server->client_euid = record->client.euid;
+    server->client_egid = record->client.egid;
     server->is_client = LOAD(u64, socket, sock_socket) != 0;
     /* An atomic operation, so that it is not moved before what it vouches for. */
     __sync_fetch_and_add(&record->established_ns, boot_time_ns());

@@ -58,16 +58,38 @@ static __always_inline void read_optional(u64 task, u64 cred, struct credentials
 #endif
 }
 
+#ifdef OFFSET_task_thread_pid
+/* The numbers of a struct pid, from the initial namespace to its own: what pid_nr_ns()
+ * (kernel/pid.c) chooses from when somebody asks. No plain loads: where they are depends
+ * on the level. */
+static __always_inline int read_pids(u64 pid, struct credentials *to)
+{
+    u32 level = LOAD(u32, pid, pid_level);
+    u64 number = pid + OFFSET_pid_numbers, namespace = 0;
+
+    if (read_kernel(&namespace, sizeof(namespace), number + level * SIZE_upid + OFFSET_upid_ns) ||
+        read_kernel(&to->pid_namespace, sizeof(to->pid_namespace),
+                    namespace + OFFSET_pid_namespace_inum))
+        return -1;
+#pragma unroll
+    for (int i = 0; i < MAX_PID_LEVELS; i++) {
+        if (i >= level)
+            break;
+        number += SIZE_upid;
+        if (read_kernel(&to->pids[2 * i], sizeof(u32), number + OFFSET_upid_nr) ||
+            read_kernel(&namespace, sizeof(namespace), number + OFFSET_upid_ns) ||
+            read_kernel(&to->pids[2 * i + 1], sizeof(u32), namespace + OFFSET_pid_namespace_inum))
+            return -1;
+    }
+    to->pid_level = level;
+    return 0;
+}
+#endif
+
 static __always_inline void read_namespaces(u64 task, u64 cred, struct credentials *to)
 {
 #ifdef OFFSET_task_thread_pid
-    u64 pid = LOAD(u64, task, task_thread_pid), namespace = 0;
-    u32 level = LOAD(u32, pid, pid_level);
-    /* No plain load: where it is depends on the level. */
-    if (!read_kernel(&namespace, sizeof(namespace),
-                     pid + OFFSET_pid_numbers + level * SIZE_upid + OFFSET_upid_ns) &&
-        !read_kernel(&to->pid_namespace, sizeof(to->pid_namespace),
-                     namespace + OFFSET_pid_namespace_inum))
+    if (!read_pids(LOAD(u64, LOAD(u64, task, task_group_leader), task_thread_pid), to))
         to->known |= HAS_PID_NAMESPACE;
 #endif
 #ifdef OFFSET_cred_user_ns

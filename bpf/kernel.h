@@ -15,6 +15,10 @@
 #define PF_KTHREAD 0x00200000U  /* task_struct.flags */
 #define PFA_NO_NEW_PRIVS 1U     /* bit 0 of task_struct.atomic_flags */
 
+/* The compiler may fuse neighbouring context accesses, or move them behind pointer
+ * arithmetic; the verifier refuses both. After this it has to have loaded the value. */
+#define KEEP(value) asm volatile("" : "+r"(value))
+
 /* BCC's own declaration returns 32 bits of the cookie. */
 static u64 (*socket_cookie_of)(void *context) = (void *)BPF_FUNC_get_socket_cookie;
 static void *(*tcp_sock_of)(void *socket) = (void *)BPF_FUNC_skc_to_tcp_sock;

@@ -7,6 +7,7 @@
  */
 
 #define MAX_GROUPS 32
+#define MAX_PID_LEVELS 6
 #define COMM_LENGTH 16
 
 /* credentials.known: which optional fields this kernel provided. */
@@ -47,7 +48,10 @@ struct credentials {
     u32 group_count;
     char comm[COMM_LENGTH];
     u32 groups[MAX_GROUPS];
-    u32 padding;
+    /* How deep the task's pid namespace is nested, 0 being the initial one; and for each
+     * level from 1 on the tgid there, and that namespace's inode number. */
+    u32 pid_level;
+    u32 pids[2 * MAX_PID_LEVELS];
 };
 
 /* A connection's addresses, seen from neither end: client and server, IPv4 as
@@ -102,6 +106,12 @@ struct server_socket {
     u32 padding;
     u64 listener_cookie;
     struct credentials listener;
+    /* Of a ROLE_CHILD. */
+    u64 cookie;
+    u32 client_tgid;
+    u32 client_euid;
+    u32 client_egid;
+    u32 more_padding;
 };
 
 #define ROLE_NONE 0

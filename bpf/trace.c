@@ -14,6 +14,7 @@
 #include "kernel.h"
 #include "credentials.h"
 #include "core.h"
+#include "so_peercred.h"
 
 #define BPF_LICENSE Dual MIT/GPL
 

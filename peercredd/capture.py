@@ -10,7 +10,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -102,6 +102,7 @@ OPTIONAL = {
         "pid_level": "pid.level",
         "pid_numbers": "pid.numbers",
         "upid_ns": "upid.ns",
+        "upid_nr": "upid.nr",
         "pid_namespace_inum": "pid_namespace.ns.inum",
     },
     "user_namespace": {
@@ -116,6 +117,23 @@ OPTIONAL = {
 }
 """Fields of the API's Credentials that a kernel may lack, and what each needs."""
 
+SO_PEERCRED = {
+    "sockopt_sk": "bpf_sockopt_kern.sk",
+    **OPTIONAL["process_start_time_ns"],
+    **OPTIONAL["pid_namespace"],
+    **OPTIONAL["user_namespace"],
+    "pid_namespace_reaper": "pid_namespace.child_reaper",
+    "user_namespace_level": "user_namespace.level",
+    "user_namespace_uid_map": "user_namespace.uid_map",
+    "user_namespace_gid_map": "user_namespace.gid_map",
+    "id_map_count": "uid_gid_map.nr_extents",
+    "id_map_extent": "uid_gid_map.extent",
+    "id_map_reverse": "uid_gid_map.reverse",
+}
+"""What the program behind getsockopt() needs besides."""
+
+MPTCP = {"mptcp_first": "mptcp_sock.first"}
+"""What it needs to answer for MPTCP sockets; a kernel without them lacks it."""
 
 MAPS = (
     "pending",
@@ -138,6 +156,10 @@ class Capture(NamedTuple):
     """In the order to attach them in."""
     maps: dict[str, int]
     missing_fields: tuple[str, ...]
+    so_peercred: int | None
+    """The program that answers getsockopt(), to be attached where that is asked for."""
+    why_no_so_peercred: str
+    """One line; empty where there is one."""
     bcc: Any
     """Keeps the descriptors open."""
 
@@ -244,14 +266,43 @@ def load(
             required |= REQUIRED_BY_BOUNDS
             flags += [f"-DCGROUP_ID={cgroup.stat().st_ino}ULL", f"-DCGROUP_LEVEL={level}"]
     offsets, missing = member_macros(types, required)
+    so_peercred_flags, why_no_so_peercred = _so_peercred_macros(types)
+    flags += so_peercred_flags
     sources = source_folder()
     flags += [*offsets, *header_flags(), f"-I{sources}", "-Wno-unused-function"]
     os.environ["BCC_KERNEL_SOURCE"] = str(sources)
     with compiler_messages() as messages:
         bcc = _compile(source_text(sources, f"{hook_set}.c"), flags, messages)
         loaded = {each: _verified(bcc, each, messages) for each in hooks.PROGRAMS[hook_set]}
+        so_peercred = None
+        if so_peercred_flags:
+            try:
+                so_peercred = _verified(bcc, hooks.SO_PEERCRED, messages)
+            except Refused as refused:
+                why_no_so_peercred = str(refused.strerror)
     maps = {name: bcc[name.encode()].map_fd for name in MAPS}
-    return Capture(loaded, maps, missing, bcc)
+    return Capture(loaded, maps, missing, so_peercred, why_no_so_peercred, bcc)
+
+
+def _so_peercred_macros(types: KernelTypes) -> tuple[list[str], str]:
+    """Compiler flags for the program behind getsockopt(); or none, and why."""
+    try:
+        flags = [
+            f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in SO_PEERCRED.items()
+        ]
+    except MemberMissing as missing:
+        return [], str(missing.strerror)
+    with suppress(MemberMissing):
+        flags += [f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in MPTCP.items()]
+    overflow = {
+        name: int(Path(f"/proc/sys/kernel/overflow{name}").read_text()) for name in ("uid", "gid")
+    }
+    return [
+        *flags,
+        "-DSO_PEERCRED_IS_POSSIBLE",
+        f"-DPAGE_SIZE={os.sysconf('SC_PAGE_SIZE')}",
+        *(f"-DOVERFLOW_{name.upper()}={number}U" for name, number in overflow.items()),
+    ], ""
 
 
 def _compile(text: str, flags: list[str], messages: Callable[[], str]) -> Any:

@@ -68,6 +68,9 @@ _TRACE = (
 PROGRAMS: dict[str, tuple[Program | Traced, ...]] = {"trace": _TRACE, "cgroup": _CGROUP}
 """Of each hook set, in the order to attach them in."""
 
+SO_PEERCRED = Program("so_peercred_getsockopt", 25, 21)
+"""Of every hook set, and attached by nobody unless that is asked for."""
+
 HOOK_SETS = tuple(PROGRAMS)
 """By preference."""
 

@@ -100,6 +100,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
             "cgroup": str(cgroup),
             "started_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             "missing_fields": loaded.missing_fields,
+            "so_peercred": textwrap.shorten(loaded.why_no_so_peercred, _REASON_LENGTH),
         }
         Map(loaded.maps["about"]).update(
             _ABOUT_KEY, json.dumps(about).encode().ljust(ABOUT_SIZE, b"\0")
@@ -129,6 +130,8 @@ def _first_that_works(
             staged = pins.stage(pin_dir)
             for name, descriptor in loaded.maps.items():
                 pin(descriptor, staged / pins.MAPS / name)
+            if loaded.so_peercred is not None:
+                pin(loaded.so_peercred, staged / pins.PROGRAMS / hooks.SO_PEERCRED.name)
             attach(loaded, cgroup, staged)
         except KernelError as error:
             pins.clean(pin_dir)

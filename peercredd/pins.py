@@ -3,7 +3,9 @@
 ::
 
     PIN_DIR/staging-PID/   a loader at work; an orphan if it died
-    PIN_DIR/capture/       maps/NAME and links/PROGRAM of the running capture
+    PIN_DIR/capture/       maps/NAME and links/PROGRAM of the running capture,
+                           programs/NAME that may be attached besides, and
+                           so_peercred/CGROUP, the links of one that is
 
 A capture appears by one rename(2), complete. Whoever changes anything here holds
 the directory's lock.
@@ -25,6 +27,9 @@ BPFFS_MOUNT = Path("/sys/fs/bpf")
 CAPTURE = "capture"
 MAPS = "maps"
 LINKS = "links"
+PROGRAMS = "programs"
+SO_PEERCRED = "so_peercred"
+_PARTS = (SO_PEERCRED, LINKS, PROGRAMS, MAPS)
 _STAGING = "staging-"
 
 
@@ -94,8 +99,9 @@ def clean(pin_dir: Path, *, keep_capture: bool = False) -> bool:
 def stage(pin_dir: Path) -> Path:
     """A new folder to build a capture in."""
     folder = pin_dir / f"{_STAGING}{os.getpid()}"
-    for part in (folder, folder / MAPS, folder / LINKS):
-        part.mkdir(mode=0o700)
+    folder.mkdir(mode=0o700)
+    for part in _PARTS:
+        (folder / part).mkdir(mode=0o700)
     return folder
 
 
@@ -112,20 +118,25 @@ def capture(pin_dir: Path) -> Path | None:
 
 def _dismantle(folder: Path) -> None:
     # Detach first: while one program is gone and others stay, records could be
-    # made that nothing retires; so the maps go last.
-    for link in sorted((folder / LINKS).glob("*")):
-        with suppress(KernelError):
-            descriptor = get_pinned(link)
-            try:
-                detach_link(descriptor)
-            finally:
-                os.close(descriptor)
-        link.unlink(missing_ok=True)
-    for pinned in (folder / MAPS).glob("*"):
-        pinned.unlink(missing_ok=True)
-    for part in (folder / LINKS, folder / MAPS, folder):
+    # made that nothing retires, and read; so the maps go last.
+    for part in _PARTS:
+        for pinned in sorted((folder / part).glob("*")):
+            if part in (SO_PEERCRED, LINKS):
+                _detach(pinned)
+            pinned.unlink(missing_ok=True)
         with suppress(FileNotFoundError):
-            part.rmdir()
+            (folder / part).rmdir()
+    with suppress(FileNotFoundError):
+        folder.rmdir()
+
+
+def _detach(pinned: Path) -> None:
+    with suppress(KernelError):
+        descriptor = get_pinned(pinned)
+        try:
+            detach_link(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def _make(pin_dir: Path) -> None:

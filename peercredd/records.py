@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_GROUPS = 32
+MAX_PID_LEVELS = 6
 
 HAS_NO_NEW_PRIVS = 1 << 0
 HAS_LOGIN_UID = 1 << 1
@@ -56,9 +57,14 @@ class Credentials(NamedTuple):
     comm: bytes
     groups: bytes
     """``group_count`` (at most MAX_GROUPS) native u32."""
+    pid_level: int
+    """How deep the task's pid namespace is nested; 0 is the initial one."""
+    pids: bytes
+    """For each level from 1 on (at most MAX_PID_LEVELS) two native u32: the tgid there, and the
+    inode number of that pid namespace."""
 
 
-CREDENTIALS = struct.Struct(f"=4Q17I16s{MAX_GROUPS * 4}s4x")
+CREDENTIALS = struct.Struct(f"=4Q17I16s{MAX_GROUPS * 4}sI{MAX_PID_LEVELS * 8}s")
 
 
 class Tuple(NamedTuple):
