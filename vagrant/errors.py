@@ -18,6 +18,10 @@ class LabError(Exception):
         self.log = log
 
 
+class MachineError(LabError):
+    """A machine did not boot, ended, or hung; that says nothing yet of the tests in it."""
+
+
 def tail(log: Path) -> str:
     """The last lines of a log file, or nothing if there is none."""
     if not log.exists():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import itertools
 import json
 import os
 import re
 import subprocess
+import time
 from asyncio.subprocess import Process
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
@@ -19,17 +21,27 @@ import click
 
 from vagrant import recipe
 from vagrant.box import Box
-from vagrant.errors import LabError, tail
+from vagrant.errors import LabError, MachineError, tail
 from vagrant.kernels import COMMAND_LINE
-from vagrant.programs import DIES_WITH_US
+from vagrant.programs import DIES_WITH_US, run
 
 QEMU = "qemu-system-x86_64"
+HANGS_BEFORE = (8, 1)
+"""Older QEMUs may go on with their translation of code that the kernel has patched meanwhile."""
 BOOT_SECONDS = 600.0
 PROBE_SECONDS = 10.0
+ANSWER_SECONDS = 60.0
+BETWEEN_SAMPLES_SECONDS = 5.0
+EXAMINE_SECONDS = 60.0
+REGISTERS = "registers.log"
 MEMORY_PER_CPU = 768  # MiB
 MEMORY_BESIDES = 512  # MiB
 _CPU = {"kvm": "host", "tcg": "qemu64"}
 _NEVER_HANG = ("-display", "none", "-no-reboot", "-action", "panic=exit-failure")
+# The kernel then shows what each CPU (64) and each task (1) is doing.
+_PANIC_ON_NMI = "unknown_nmi_panic panic_print=65"
+_MOST_OF_AN_ANSWER = 1 << 20  # bytes
+_NUMBERS = itertools.count()
 
 
 @dataclass(frozen=True)
@@ -46,7 +58,8 @@ class Machine:
             *("-o", "BatchMode=yes", "-o", "IdentitiesOnly=yes", "-o", "LogLevel=ERROR"),
             # Port and host key are this machine's only as long as it runs.
             *("-o", "StrictHostKeyChecking=no", "-o", "UserKnownHostsFile=/dev/null"),
-            *("-o", "ServerAliveInterval=30", "-o", "ServerAliveCountMax=10"),
+            # However busy a machine is, it answers one of twelve.
+            *("-o", "ServerAliveInterval=10", "-o", "ServerAliveCountMax=12"),
             *options,
             "root@127.0.0.1",
         ]
@@ -61,6 +74,8 @@ async def accelerator(box: Box) -> str:
     if chosen := os.environ.get("PEERCREDD_VM_ACCELERATOR"):
         if chosen not in _CPU:
             raise LabError(f"PEERCREDD_VM_ACCELERATOR={chosen}: take one of: {', '.join(_CPU)}")
+        if chosen == "tcg":
+            _warn_of_old_qemu()
         return chosen
     probe = await asyncio.create_subprocess_exec(
         *(*DIES_WITH_US, QEMU, "-accel", "kvm", "-cpu", _CPU["kvm"], "-m", "512", *_NEVER_HANG),
@@ -80,7 +95,20 @@ async def accelerator(box: Box) -> str:
     if b"Kernel panic" in console:
         return "kvm"
     click.echo("KVM does not work here: emulating, which is some ten times slower", err=True)
+    _warn_of_old_qemu()
     return "tcg"
+
+
+def _warn_of_old_qemu() -> None:
+    said = subprocess.check_output([QEMU, "--version"], text=True)
+    version = re.search(r"version (\d+)\.(\d+)", said)
+    assert version, said
+    if (int(version[1]), int(version[2])) < HANGS_BEFORE:
+        click.echo(
+            f"QEMU {version[0].removeprefix('version ')} may hang what it emulates; "
+            f"{'.'.join(map(str, HANGS_BEFORE))} or newer does not (docs/vm.md)",
+            err=True,
+        )
 
 
 @asynccontextmanager
@@ -91,11 +119,14 @@ async def running(box: Box, accelerator: str, cpus: int, logs: Path) -> AsyncIte
         box: What to boot.
         accelerator: ``kvm`` or ``tcg``.
         cpus: How many the machine gets.
-        logs: Takes the serial console, and what QEMU says.
+        logs: Takes the serial console, what QEMU says, and of a machine that hangs what
+            its CPUs were doing.
 
     Raises:
-        LabError: it does not boot.
+        MachineError: it does not boot; or it was found to be lost after a LabError that was
+            raised while it should have run.
     """
+    began = time.monotonic()
     key = logs / "ssh-key"
     subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", key], check=True)
     console = logs / "console.log"
@@ -110,7 +141,8 @@ async def running(box: Box, accelerator: str, cpus: int, logs: Path) -> AsyncIte
             *(*DIES_WITH_US, QEMU, "-nodefaults", *_NEVER_HANG, "-qmp", "stdio"),
             *("-accel", accelerator, "-cpu", _CPU[accelerator], "-smp", str(cpus)),
             *("-m", str(MEMORY_BESIDES + cpus * MEMORY_PER_CPU)),
-            *("-kernel", box.vmlinuz, "-initrd", box.initrd, "-append", COMMAND_LINE),
+            *("-kernel", box.vmlinuz, "-initrd", box.initrd),
+            *("-append", f"{COMMAND_LINE} {_PANIC_ON_NMI}"),
             *("-drive", f"file={box.disk},if=virtio,format=qcow2,snapshot=on,cache=unsafe"),
             # The kernel finds a port that is free.
             *("-netdev", "user,id=network,hostfwd=tcp:127.0.0.1:0-:22"),
@@ -124,30 +156,42 @@ async def running(box: Box, accelerator: str, cpus: int, logs: Path) -> AsyncIte
             stdout=subprocess.PIPE,
             stderr=errors,
             process_group=0,
+            limit=_MOST_OF_AN_ANSWER,
         )
     try:
         try:
             async with asyncio.timeout(BOOT_SECONDS):
-                port = await _port_when_ready(qemu)
+                machine = Machine(await _forwarded_port(qemu), key)
+                await _until_ready(qemu)
         except TimeoutError:
-            raise LabError(
+            last = tail(console)
+            await _examine(qemu, logs / REGISTERS)
+            raise MachineError(
                 f"{box.kernel.name} did not boot within {BOOT_SECONDS:.0f} s; "
                 f"its console is in {console}",
-                tail(console),
+                last,
             ) from None
         except EOFError:
-            raise LabError(
+            raise MachineError(
                 f"{box.kernel.name} did not boot: QEMU has ended; see {said} and {console}",
                 f"{tail(console)}\n{tail(said)}".strip(),
             ) from None
         try:
-            yield Machine(port, key)
+            yield machine
         except LabError as error:
-            with suppress(TimeoutError):
-                async with asyncio.timeout(1):
-                    await qemu.wait()
-                raise LabError(
-                    f"{box.kernel.name} has ended, as after a panic; see {console}", tail(console)
+            after = f"{time.monotonic() - began:.0f} s after its start"
+            if await _ends(qemu):
+                raise MachineError(
+                    f"{box.kernel.name} ended {after}, as after a panic; see {console}",
+                    tail(console),
+                ) from error
+            if not await _answers(machine):
+                last = tail(console)
+                await _examine(qemu, logs / REGISTERS)
+                raise MachineError(
+                    f"{box.kernel.name} hung: it was found to answer no more {after}; "
+                    f"see {console} and {logs / REGISTERS}",
+                    last,
                 ) from error
             raise
     finally:
@@ -165,24 +209,65 @@ def _as_firmware_strings(credentials: dict[str, str]) -> list[str]:
     return options
 
 
-async def _port_when_ready(qemu: Process) -> int:
-    """Wait until the guest opens its port; raises EOFError if QEMU ends before."""
+async def _forwarded_port(qemu: Process) -> int:
     await _answer(qemu, "qmp_capabilities")
-    network = await _answer(qemu, "human-monitor-command", {"command-line": "info usernet"})
+    network = await _monitor(qemu, "info usernet")
     forwarded = re.search(r"HOST_FORWARD\S*\s+\d+\s+127\.0\.0\.1\s+(\d+)", network)
     assert forwarded, network
-    while True:
+    return int(forwarded[1])
+
+
+async def _until_ready(qemu: Process) -> None:
+    """Wait until the guest opens its port; raises EOFError if QEMU ends before."""
+    opened = False
+    while not opened:
         message = await _message(qemu)
-        if message.get("event") == "VSERPORT_CHANGE" and message["data"]["open"]:
-            return int(forwarded[1])
+        opened = message.get("event") == "VSERPORT_CHANGE" and message["data"]["open"]
+
+
+async def _ends(qemu: Process) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(1):
+            await qemu.wait()
+    return qemu.returncode is not None
+
+
+async def _answers(machine: Machine) -> bool:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(ANSWER_SECONDS):
+            return await run(*machine.ssh(), "true", log=Path(os.devnull)) == 0
+    return False
+
+
+async def _examine(qemu: Process, registers: Path) -> None:
+    """Write down what a hung machine's CPUs do, and have its kernel show that on the console.
+
+    The kernel panics of it, which ends QEMU.
+    """
+    with suppress(EOFError, ConnectionError, TimeoutError), registers.open("w") as file:
+        async with asyncio.timeout(EXAMINE_SECONDS):
+            # Where a CPU that loops is found twice.
+            file.write(await _monitor(qemu, "info registers -a"))
+            await asyncio.sleep(BETWEEN_SAMPLES_SECONDS)
+            file.write(await _monitor(qemu, "info registers -a"))
+            await _answer(qemu, "inject-nmi")
+            await qemu.wait()
+
+
+async def _monitor(qemu: Process, command: str) -> str:
+    """What QEMU tells people."""
+    return str(await _answer(qemu, "human-monitor-command", {"command-line": command}))
 
 
 async def _answer(qemu: Process, command: str, arguments: dict[str, str] | None = None) -> Any:
     assert qemu.stdin
-    request = {"execute": command, "arguments": arguments or {}}
+    number = next(_NUMBERS)
+    request = {"execute": command, "arguments": arguments or {}, "id": number}
     qemu.stdin.write(json.dumps(request).encode() + b"\n")
-    while "return" not in (message := await _message(qemu)):
-        assert "error" not in message, message
+    # Events come in between, and an answer that nobody waited for.
+    while (message := await _message(qemu)).get("id") != number:
+        pass
+    assert "return" in message, message
     return message["return"]
 
 

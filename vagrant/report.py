@@ -30,8 +30,8 @@ class Outcome:
     """Reasons, and how many tests failed as expected for each."""
     problem: str = ""
     """What else is wrong, in a line."""
-    remark: str = ""
-    """What is worth knowing though all is well."""
+    remarks: list[str] = field(default_factory=list)
+    """What is worth knowing though all may be well."""
 
     def verdict(self) -> str:
         """``ok``, or why not: what should pass there and was skipped has not passed."""
@@ -102,8 +102,7 @@ def render(outcomes: list[Outcome]) -> Group:
             Text(outcome.verdict(), "green" if outcome.is_ok else "red"),
         )
         where = f"{outcome.kernel}, {outcome.hook_set}"
-        if outcome.remark:
-            notes.append(Text(f"{where}: {outcome.remark}"))
+        notes += [Text(f"{where}: {remark}") for remark in outcome.remarks]
         for what, reasons in zip(("failed", "skipped", "xfailed"), counts, strict=True):
             notes += [Text(f"{where}: {n} {what}: {why}") for why, n in reasons.most_common()]
     return Group(table, *notes)

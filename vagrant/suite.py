@@ -10,7 +10,8 @@ import click
 
 from vagrant import index, report
 from vagrant.box import Box
-from vagrant.errors import LabError
+from vagrant.errors import LabError, MachineError
+from vagrant.kernels import Kernel
 from vagrant.machine import Machine, running
 from vagrant.programs import must, run
 from vagrant.recipe import PROJECT
@@ -21,6 +22,8 @@ CA_BUNDLE = "/etc/ssl/certs/of-the-host.pem"
 PATIENCE = {"kvm": 1, "tcg": 5}
 """How much longer than on a machine of real CPUs the tests wait."""
 JUNIT = "junit.xml"
+AGAIN = "again"
+"""The folder of the second machine's logs, where a first one was lost."""
 TOO_OLD = "none: too old"
 TESTS = ("tests/kernel", "tests/conformance")
 BCC_VERSION = "/usr/bin/python3 -c 'import bcc; print(bcc.__version__)'"
@@ -102,6 +105,9 @@ async def test(
 ) -> list[Outcome]:
     """Run the tests with each hook set, in one machine.
 
+    A machine that hangs or ends is booted anew, once, and the outcomes say so. A test that
+    fails is never run again.
+
     Args:
         box: The kernel, and what it is booted with.
         accelerator: What QEMU uses.
@@ -112,33 +118,58 @@ async def test(
         echo: Whether what is said is shown as well.
     """
     kernel = box.kernel
-    is_too_old = kernel.status == "too-old"
-    names = (TOO_OLD,) if is_too_old else (*hook_sets, report.ANY)
-    outcomes = {name: Outcome(kernel.name, name) for name in names}
-    try:
+    names = (TOO_OLD,) if kernel.status == "too-old" else (*hook_sets, report.ANY)
+    outcomes: dict[str, Outcome] = {}
+
+    async def attempt(logs: Path) -> None:
+        outcomes.update({name: Outcome(kernel.name, name) for name in names})
         async with running(box, accelerator, cpus, logs) as machine:
             guest = Guest(machine, logs)
-            click.echo(f"{kernel.name}: installing the project", err=True)
-            await guest.install()
-            (release,) = await guest.ask("uname -r")
-            (bcc,) = await guest.ask(BCC_VERSION)
-            for outcome in outcomes.values():
-                outcome.running = f"{release}, BCC {bcc}"
-                if not (release.startswith(kernel.release) and bcc.startswith(kernel.bcc)):
-                    outcome.remark = (
-                        f"kernels.json says {kernel.release}, BCC {kernel.bcc}: bring it up to date"
-                    )
-            click.echo(f"{kernel.name}: testing", err=True)
-            if is_too_old:
-                await _see_it_refused(guest, outcomes[TOO_OLD])
-            else:
-                await _run_pytest(guest, outcomes, PATIENCE[accelerator], arguments, echo)
-            await guest.run("dmesg", "dmesg.log")
+            await _test_in(guest, kernel, outcomes, PATIENCE[accelerator], arguments, echo)
+
+    lost = []
+    try:
+        try:
+            await attempt(logs)
+        except MachineError as error:
+            lost.append(f"{error}; booted anew, once")
+            click.echo(f"{error.log}\n{lost[0]}", err=True)
+            (logs / AGAIN).mkdir()
+            await attempt(logs / AGAIN)
     except LabError as error:
         for outcome in outcomes.values():
             outcome.problem = outcome.problem or str(error)
-        next(iter(outcomes.values())).remark = error.log
+        if error.log:
+            next(iter(outcomes.values())).remarks.append(error.log)
+    for outcome in outcomes.values():
+        outcome.remarks += lost
     return list(outcomes.values())
+
+
+async def _test_in(
+    guest: Guest,
+    kernel: Kernel,
+    outcomes: dict[str, Outcome],
+    patience: int,
+    arguments: Sequence[str],
+    echo: bool,
+) -> None:
+    click.echo(f"{kernel.name}: installing the project", err=True)
+    await guest.install()
+    (release,) = await guest.ask("uname -r")
+    (bcc,) = await guest.ask(BCC_VERSION)
+    for outcome in outcomes.values():
+        outcome.running = f"{release}, BCC {bcc}"
+        if not (release.startswith(kernel.release) and bcc.startswith(kernel.bcc)):
+            outcome.remarks.append(
+                f"kernels.json says {kernel.release}, BCC {kernel.bcc}: bring it up to date"
+            )
+    click.echo(f"{kernel.name}: testing", err=True)
+    if TOO_OLD in outcomes:
+        await _see_it_refused(guest, outcomes[TOO_OLD])
+    else:
+        await _run_pytest(guest, outcomes, patience, arguments, echo)
+    await guest.run("dmesg", "dmesg.log")
 
 
 async def _run_pytest(
@@ -163,7 +194,7 @@ async def _see_it_refused(guest: Guest, outcome: Outcome) -> None:
     said = (guest.logs / log).read_text().splitlines()
     if status == 1 and len(said) == 1 and "kernel" in said[0]:
         outcome.passed = 1
-        outcome.remark = said[0]
+        outcome.remarks.append(said[0])
     else:
         outcome.problem = (
             f"peercredd should end with 1 and one line that says why the kernel is too old; it "

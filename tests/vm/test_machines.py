@@ -15,19 +15,21 @@ import pytest
 from harness.lab import CRASHES, HANGS, QEMU, Lab
 from harness.patience import patient
 from vagrant import machine
-from vagrant.errors import LabError
+from vagrant.errors import LabError, MachineError
 
 pytestmark = pytest.mark.usefixtures("needs_qemu")
 
 
-def test_a_kernel_that_crashes_is_said_to_have_ended(lab: Lab) -> None:
+def test_a_kernel_that_crashes_is_booted_once_more_and_said_to_have_ended(lab: Lab) -> None:
     lab.box(CRASHES)
     process = lab.start("vm-test", "debian12", PEERCREDD_VM_ACCELERATOR="tcg")
 
     table, _ = process.communicate()
 
     assert process.returncode == 1
-    assert "debian12 did not boot: QEMU has ended" in " ".join(table.split())
+    said = " ".join(table.split())
+    assert "debian12 did not boot: QEMU has ended" in said
+    assert "booted anew, once" in said
 
 
 def test_a_kernel_that_hangs_is_not_waited_for_forever(
@@ -44,6 +46,66 @@ def test_a_kernel_that_hangs_is_not_waited_for_forever(
 
     assert not qemus(os.getpid())
     assert not (tmp_path / "ssh-key").exists()
+
+
+def test_what_the_cpus_of_a_machine_that_hangs_are_doing_is_written_down(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "BOOT_SECONDS", 1)
+    monkeypatch.setattr(machine, "BETWEEN_SAMPLES_SECONDS", 0)
+
+    async def boot() -> None:
+        async with machine.running(lab.box(HANGS), "tcg", 2, tmp_path):
+            raise AssertionError("it boots")
+
+    with pytest.raises(MachineError):
+        asyncio.run(boot())
+
+    written = (tmp_path / machine.REGISTERS).read_text()
+    assert [written.count(each) for each in ("CPU#0", "CPU#1", "IP=")] == [2, 2, 4]
+
+
+def test_a_machine_that_answers_no_more_is_what_failed(
+    lab: Lab, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def at_once(_: object) -> None:
+        pass
+
+    monkeypatch.setattr(machine, "_until_ready", at_once)
+    monkeypatch.setattr(machine, "ANSWER_SECONDS", 1)
+    monkeypatch.setattr(machine, "BETWEEN_SAMPLES_SECONDS", 0)
+
+    async def fail() -> None:
+        async with machine.running(lab.box(HANGS), "tcg", 1, tmp_path):
+            raise LabError("the tree could not be copied into the machine")
+
+    with pytest.raises(MachineError, match=r"debian12 hung: .* answer no more \d+ s after"):
+        asyncio.run(fail())
+
+    assert (tmp_path / machine.REGISTERS).exists()
+
+
+@pytest.mark.parametrize(
+    ("version", "is_warned_of"),
+    [("7.2", True), ("8.0", True), ("8.1", False), ("10.0", False)],
+)
+def test_an_emulator_that_may_hang_machines_is_warned_of(
+    version: str,
+    is_warned_of: bool,
+    lab: Lab,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    qemu = tmp_path / QEMU
+    qemu.write_text(f"#!/bin/sh\necho 'QEMU emulator version {version}.2 (Debian 1:{version})'\n")
+    qemu.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("PEERCREDD_VM_ACCELERATOR", "tcg")
+
+    asyncio.run(machine.accelerator(lab.box(HANGS)))
+
+    assert capsys.readouterr().err.startswith(f"QEMU {version} may hang") == is_warned_of
 
 
 def test_what_hangs_a_kernel_is_no_acceleration(
