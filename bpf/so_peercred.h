@@ -105,13 +105,12 @@ static __always_inline bool find_peer(struct bpf_sockopt *context, struct bpf_so
     struct server_socket *server = server_sockets.sk_storage_get(socket, 0, 0);
     if (server && server->role == ROLE_CHILD)
         return find_by_server(server->cookie, found);
-    u64 cookie = cookie_at(address);
-    /* A child without a record has its listener's storage. */
-    if (server && socket->state == TCP_LISTEN_STATE && server->listener_cookie == cookie) {
+    /* A child without a record has its listener's storage, but does not listen. */
+    if (server && server->role == ROLE_LISTENER && socket->state == TCP_LISTEN_STATE) {
         *found = (struct found){&server->listener};
         return true;
     }
-    return find_by_client(cookie, found);
+    return find_by_client(cookie_at(address), found);
 }
 
 /* Whether what was read since is of that record: a subflow of MPTCP may end meanwhile, and

@@ -12,10 +12,10 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args, get_origin
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args, get_origin
 
 import click
-from click.shell_completion import get_completion_class
+from click.shell_completion import CompletionItem, get_completion_class
 
 try:
     import msgspec
@@ -27,7 +27,10 @@ except ModuleNotFoundError:
     )
 
 import peercredd
-from peercredd import config, defaults
+from peercredd import config, defaults, targets
+
+if TYPE_CHECKING:
+    from peercredd.so_peercred import OptIn
 
 Command = TypeVar("Command", bound=Callable[..., None])
 Load = Callable[[], config.Effective]
@@ -93,9 +96,11 @@ def _with_config_flags(command: Command) -> Command:
             flag,
             _parameter(option),
             type=kind,
+            multiple=option.is_list,
             default=None,
             metavar=option.metavar,
-            help=f"{option.help} Default: {json.dumps(option.default)}.",
+            help=f"{option.help}{' May be repeated.' if option.is_list else ''} "
+            f"Default: {json.dumps(option.default)}.",
         )(command)
     return command
 
@@ -150,9 +155,9 @@ def main(context: click.Context, /, config_file: Path | None, **given: Any) -> N
     Errors are one line on stderr: what is wrong; what mends it.
     """
     flags = {
-        key: given[_parameter(option)]
+        key: list(value) if option.is_list else value
         for key, option in config.OPTIONS.items()
-        if given[_parameter(option)] is not None
+        if (value := given[_parameter(option)]) not in (None, ())
     }
 
     def load() -> config.Effective:
@@ -266,6 +271,175 @@ def unload(load: Load) -> None:
     except KernelError as error:
         raise _Failure(str(error.strerror)) from error
     click.echo(f"{pin_dir}: removed" if removed else f"{pin_dir}: nothing to remove")
+
+
+@main.group(
+    "so-peercred",
+    no_args_is_help=False,
+    epilog=_examples(
+        "sudo peercredd so-peercred enable postgresql.service",
+        "sudo peercredd so-peercred list",
+        "sudo peercredd so-peercred disable postgresql.service",
+    ),
+)
+def so_peercred() -> None:
+    r"""Have getsockopt(SO_PEERCRED) answered on TCP sockets, for the programs you name.
+
+    In the cgroups that are enabled, programs that know nothing of peercredd get
+    pid, uid and gid of a TCP connection's other end as they get it on a unix
+    socket; elsewhere the kernel goes on saying {0, -1, -1}. Sockets count by the
+    cgroup that they were created in. Every getsockopt() there gets slower by a
+    fraction of a microsecond, and none elsewhere.
+
+    \b
+    TARGET is one of
+      all                  the whole capture (capture.cgroup)
+      /sys/fs/cgroup/...   a cgroup v2 directory, and all below it
+      postgresql.service   a systemd unit: .service, .socket, .slice or .scope
+
+    What is enabled stays so: a unit that is started again is attached to again, and
+    so is everything after a restart or a reboot. What the configuration names
+    (so_peercred.cgroups, --so-peercred) is enabled by that, and only there.
+    """
+
+
+def _complete_target(
+    _: click.Context, __: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    if incomplete.startswith("/"):
+        return [CompletionItem(incomplete, type="dir")]
+    names = [targets.ALL, *targets.running_units(incomplete)]
+    return [CompletionItem(name) for name in names if name.startswith(incomplete)]
+
+
+class _Target(click.ParamType[str]):
+    name = "target"
+
+    def convert(self, value: str, *_: object) -> str:
+        if not targets.is_valid(value):
+            raise click.BadParameter(f"{value!r} is not {targets.ALLOWED}")
+        return value
+
+
+@contextmanager
+def _opt_in(load: Load) -> Iterator[OptIn]:
+    """What is asked for and attached in the capture that the configuration names."""
+    from peercredd import loader, mounts, pins, preflight
+    from peercredd.libbpf import KernelError
+    from peercredd.so_peercred import OptIn, OptInError
+
+    options = load().config
+    if missing := preflight.missing_capabilities():
+        raise _Failure(f"lacks {', '.join(missing)}; run it as root")
+    pin_dir = Path(options.capture.pin_dir)
+    try:
+        if running := pins.capture(pin_dir):
+            about = loader.read_about(running / pins.MAPS)
+            covered, why_impossible = Path(about["cgroup"]), about["so_peercred"]
+        else:
+            covered, why_impossible = mounts.cgroup_directory(options.capture.cgroup), ""
+        wanted = options.so_peercred
+        yield OptIn(pin_dir, Path(wanted.state), wanted.cgroups, covered, why_impossible)
+    except (OptInError, mounts.CgroupError) as error:
+        raise _Failure(str(error)) from error
+    except KernelError as error:
+        raise _Failure(str(error.strerror)) from error
+
+
+@so_peercred.command(
+    epilog=_examples(
+        "sudo peercredd so-peercred enable postgresql.service",
+        "sudo peercredd so-peercred enable /sys/fs/cgroup/user.slice/user-1000.slice",
+        "sudo peercredd so-peercred enable all",
+    ),
+)
+@click.argument("target", type=_Target(), shell_complete=_complete_target)
+@click.option(
+    "--transient",
+    is_flag=True,
+    help="Until the cgroup goes or the capture ends, and then forget it. "
+    "TARGET is the path of a cgroup.",
+)
+@click.pass_obj
+def enable(load: Load, target: str, transient: bool) -> None:
+    """Answer getsockopt(SO_PEERCRED) on TCP in TARGET, from now on.
+
+    TARGET has to be there: to have one waited for, name it in the configuration.
+    Programs that others have attached there stay, and run as before. Either all is
+    done or nothing is changed. Exit status 1 too when it is enabled already.
+    """
+    _require_path(target, transient)
+    with _opt_in(load) as opt_in:
+        if transient:
+            opt_in.enable_transient(Path(target))
+            click.echo(f"{target}: enabled until it goes")
+        else:
+            click.echo(f"{target}: enabled, attached to {opt_in.enable(target)}")
+
+
+@so_peercred.command(
+    epilog=_examples(
+        "sudo peercredd so-peercred disable postgresql.service",
+    ),
+)
+@click.argument("target", type=_Target(), shell_complete=_complete_target)
+@click.option("--transient", is_flag=True, help="What was enabled with --transient.")
+@click.pass_obj
+def disable(load: Load, target: str, transient: bool) -> None:
+    """Answer getsockopt(SO_PEERCRED) on TCP in TARGET no more.
+
+    It need not be there any more. Another target that means the same cgroup keeps it
+    attached, and so does one above it. What the configuration names is taken out
+    there. Exit status 1 too when it is not enabled.
+    """
+    _require_path(target, transient)
+    with _opt_in(load) as opt_in:
+        if transient:
+            opt_in.disable_transient(Path(target))
+        else:
+            opt_in.disable(target)
+        click.echo(f"{target}: disabled")
+
+
+def _require_path(target: str, transient: bool) -> None:
+    if transient and not target.startswith("/"):
+        raise click.BadParameter(f"{target!r} is not the path of a cgroup, as --transient needs")
+
+
+@so_peercred.command(
+    "list",
+    epilog=_examples(
+        "sudo peercredd so-peercred list",
+        "sudo peercredd so-peercred list --json | jq '.so_peercred[] | select(.attached | not)'",
+    ),
+)
+@click.option("--json", "as_json", is_flag=True, help='One object: {"so_peercred": [...]}.')
+@click.pass_obj
+def list_targets(load: Load, as_json: bool) -> None:
+    """List what is enabled, by whom, and whether it is attached now.
+
+    SOURCE is config (the configuration), enabled (`enable`), transient (`enable
+    --transient`) or leftover (attached though nobody asks for it any more: the daemon
+    ends that at its next change). What is not attached says why, or that it is
+    waited for. The configuration is read anew: a running daemon may have another.
+    """
+    with _opt_in(load) as opt_in:
+        opt_in.locate()
+        rows = opt_in.rows()
+    if as_json:
+        click.echo(json.dumps({"so_peercred": [row._asdict() for row in rows]}, indent=2))
+        return
+    if not rows:
+        click.echo("enabled nowhere; see peercredd so-peercred enable --help", err=True)
+        return
+    table = [("TARGET", "SOURCE", "ATTACHED", "CGROUP")]
+    for row in rows:
+        state = "yes" if row.attached else "waiting" if row.waiting else "no"
+        table.append((row.target, row.source, state, row.cgroup or "unknown"))
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for cells, detail in zip(table, ["DETAIL", *(row.detail for row in rows)], strict=True):
+        padded = (f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True))
+        click.echo("  ".join((*padded, detail)).rstrip())
 
 
 @main.command(

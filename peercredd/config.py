@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 
-from peercredd import defaults
+from peercredd import defaults, targets
 
 
 class ConfigError(Exception):
@@ -102,6 +102,28 @@ class Api(_Table, frozen=True):
     ] = defaults.GROUP
 
 
+class SoPeercred(_Table, frozen=True):
+    """Where getsockopt(SO_PEERCRED) works on TCP sockets."""
+
+    cgroups: Annotated[
+        list[Annotated[str, msgspec.Meta(pattern=targets.PATTERN)]],
+        _option(
+            "Answer getsockopt(SO_PEERCRED) and SO_PEERGROUPS on TCP sockets that were created in "
+            "this cgroup or below: its absolute path, a systemd unit such as postgresql.service, "
+            'or "all" for all that is captured. What is not there yet is waited for.',
+            f"a list of targets, each {targets.ALLOWED}",
+            metavar="TARGET",
+        ),
+    ] = []
+    state: Annotated[
+        str,
+        _path(
+            "File that remembers what 'peercredd so-peercred enable' was told. Its folder is made "
+            "if it is missing."
+        ),
+    ] = defaults.SO_PEERCRED_STATE
+
+
 class Sweep(_Table, frozen=True):
     """How records no socket stands behind are removed."""
 
@@ -136,6 +158,7 @@ class Config(_Table, frozen=True):
 
     capture: Capture = Capture()
     api: Api = Api()
+    so_peercred: SoPeercred = SoPeercred()
     sweep: Sweep = Sweep()
     log: Log = Log()
 
@@ -158,9 +181,16 @@ class Option(NamedTuple):
         return f"{self.table}.{self.name}"
 
     @property
+    def is_list(self) -> bool:
+        """Whether its flag may be repeated."""
+        return isinstance(self.default, list)
+
+    @property
     def flag(self) -> str:
         """What it is called on the command line, where ``--level`` or ``--interval`` say little."""
-        words = self.key if self.table in ("sweep", "log") else self.name
+        words = self.key if self.table in ("sweep", "log", "so_peercred") else self.name
+        if self.is_list:  # each time it is given, one of the table's
+            words = self.table
         return "--" + words.replace("_", "-").replace(".", "-")
 
 
@@ -172,7 +202,8 @@ def _declared_options() -> Iterator[Option]:
                 table=table.name,
                 name=field.name,
                 type=field.type,
-                default=field.default,
+                # msgspec makes a new list each time.
+                default=[] if field.default is msgspec.NODEFAULT else field.default,
                 help=meta.description,
                 **meta.extra,
             )
@@ -189,17 +220,18 @@ class Effective(NamedTuple):
     sources: Mapping[str, str]
     """By option key: ``default``, ``file:PATH`` or ``flag:--NAME``."""
 
-    def values(self) -> Iterator[tuple[str, str | int | bool, str]]:
+    def values(self) -> Iterator[tuple[str, str | int | bool | list[str], str]]:
         """Key, value and source of every option."""
         for key, option in OPTIONS.items():
             yield key, getattr(getattr(self.config, option.table), option.name), self.sources[key]
 
 
-def load(file: Path | None, flags: Mapping[str, str | bool]) -> Effective:
+def load(file: Path | None, flags: Mapping[str, str | bool | list[str]]) -> Effective:
     """Merge defaults, file and flags.
 
     `file` None is the default file, which may be missing; a file that is named must
-    be there. `flags` has option keys; a number may be given as text.
+    be there. `flags` has option keys; a number may be given as text, a list replaces the
+    file's.
 
     Raises:
         ConfigError: something in them cannot be used.

@@ -18,6 +18,7 @@ from peercredd.config import Config
 from peercredd.libbpf import KernelError
 from peercredd.listen import ListenError
 from peercredd.mounts import CgroupError, cgroup_directory
+from peercredd.so_peercred import OptIn, OptInError
 from peercredd.store import Store
 
 log = structlog.get_logger()
@@ -49,7 +50,7 @@ def _run(config: Config) -> None:
         cgroup = cgroup_directory(config.capture.cgroup)
         with pins.hold(Path(config.capture.pin_dir)):
             asyncio.run(_until_signalled(config, cgroup))
-    except (CgroupError, pins.Held, children.ChildError, ListenError) as error:
+    except (CgroupError, pins.Held, children.ChildError, ListenError, OptInError) as error:
         raise StartError(str(error)) from error
     except KernelError as error:
         raise StartError(str(error.strerror)) from error
@@ -97,6 +98,7 @@ async def _live(config: Config, cgroup: Path) -> None:
             log.debug("loading", pid=loader.pid)
             # gRPC takes 0.3 s to import: the loader compiles meanwhile.
             from peercredd import server
+            from peercredd.follow import following
 
             output = await children.result(loader, "loader", defaults.LOADER_TIMEOUT_SECONDS)
         loaded = json.loads(output)
@@ -112,8 +114,15 @@ async def _live(config: Config, cgroup: Path) -> None:
                 "lookup will say NEVER_SEEN, not OLDER_THAN_CAPTURE",
                 sockets_left_out=left_out,
             )
-        with contextlib.closing(Store(pin_dir)) as store:
-            async with server.serving(store, Path(api.socket), api.group):
+        opt_in = OptIn(
+            pin_dir,
+            Path(config.so_peercred.state),
+            config.so_peercred.cgroups,
+            cgroup,
+            about["so_peercred"],
+        )
+        with contextlib.closing(Store(pin_dir, opt_in.rows)) as store:
+            async with following(opt_in), server.serving(store, Path(api.socket), api.group):
                 log.info(
                     "serving",
                     socket=api.socket,

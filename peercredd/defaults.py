@@ -30,6 +30,10 @@ SOCKET: Final = "/run/peercredd/peercredd.sock"
 GROUP: Final = "peercredd"
 """Made by packaging's sysusers.d; its members may ask about every connection."""
 
+SO_PEERCRED_STATE: Final = "/var/lib/peercredd/so_peercred.json"
+"""What an administrator enables stays enabled after a reboot; systemd's StateDirectory= makes the
+folder."""
+
 SWEEP_INTERVAL_SECONDS: Final = 30
 """A sweep takes some 0.2 s of CPU, most of it to start: 1/150 of one CPU."""
 

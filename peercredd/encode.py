@@ -32,6 +32,7 @@ from peercredd.records import (
     Credentials,
 )
 from peercredd.store import Answer, Attachment, StoreStatus
+from peercredd.translation import INITIAL
 
 ERROR_DOMAIN = "peercred.v1"
 
@@ -77,7 +78,7 @@ def credentials(message: pb.Credentials, record: Credentials) -> None:
 
 
 def answer(message: pb.LookupResponse, found: Answer, basis: pb.Basis.ValueType) -> None:
-    """Fill `message` with the other end of a connection."""
+    """Fill `message` with the other end of a connection, in numbers of the initial namespaces."""
     message.peer_end = pb.END_CLIENT if found.asker_is_server else pb.END_SERVER
     message.basis = basis
     credentials(message.peer, found.peer)
@@ -85,6 +86,7 @@ def answer(message: pb.LookupResponse, found: Answer, basis: pb.Basis.ValueType)
     message.client_socket_cookie = found.client_socket_cookie
     message.netns_cookie = found.tuple.netns_cookie
     message.established_time_ns = found.established_time_ns
+    message.namespaces.CopyFrom(INITIAL)
     if found.acceptor is not None:
         credentials(message.acceptor, found.acceptor)
 
@@ -123,6 +125,8 @@ def capture(message: pb.GetStatusResponse, status: StoreStatus) -> None:
     message.missing_fields.extend(status.missing_fields)
     for hook_set, reason in status.unused_hook_sets.items():
         message.unused_hook_sets.add(hook_set=hook_set, reason=reason)
+    for row in status.so_peercred:
+        message.so_peercred.add(**row._asdict())
 
 
 def attachment(message: pb.GetStatusResponse.Attachment, program: str, state: Attachment) -> None:

@@ -23,6 +23,7 @@ from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import encode, keys
 from peercredd.records import V4_MAPPED, Connection
 from peercredd.store import Answer, Attachment, Reason, StoreStatus
+from peercredd.translation import NamespaceUnknown, Processes, Viewpoint
 
 MAX_BATCH_KEYS = 1000
 PAGE = 100
@@ -98,12 +99,14 @@ class PeerCredentialsService:
 
     def __init__(self, view: View) -> None:
         self._view = view
+        self._processes = Processes()
 
     def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
         """Answer one key."""
         response = pb.LookupResponse()
         try:
-            self._answer(request.key, response, self.capture_in_place)
+            viewpoint = self._viewpoint(request)
+            self._answer(request.key, response, viewpoint, self.capture_in_place)
         except keys.InvalidKey as error:
             raise RequestError(_invalid("key", error)) from None
         return response
@@ -111,7 +114,12 @@ class PeerCredentialsService:
     def lookup_stream(self, request: pb.LookupStreamRequest) -> pb.LookupStreamResponse:
         """Answer one key of a stream; raises nothing, an error is a result."""
         response = pb.LookupStreamResponse()
-        self._result(request.key, "key", response.result, self.capture_in_place)
+        try:
+            viewpoint = self._viewpoint(request)
+        except RequestError as error:
+            response.result.error.CopyFrom(error.status)
+        else:
+            self._result(request.key, "key", response.result, viewpoint, self.capture_in_place)
         return response
 
     def batch_lookup(self, request: pb.BatchLookupRequest) -> Iterator[pb.BatchLookupResponse]:
@@ -125,12 +133,13 @@ class PeerCredentialsService:
                     "keys",
                 )
             )
+        viewpoint = self._viewpoint(request)
         for start in range(0, len(request.keys), PAGE):
             page = pb.BatchLookupResponse()
             add_result = page.results.add
             capture_in_place = functools.cache(self.capture_in_place)
             for index, key in enumerate(request.keys[start : start + PAGE], start):
-                self._result(key, f"keys[{index}]", add_result(), capture_in_place)
+                self._result(key, f"keys[{index}]", add_result(), viewpoint, capture_in_place)
             yield page
 
     def list_connections(
@@ -176,15 +185,32 @@ class PeerCredentialsService:
         """Whether every program is attached, asked of the kernel now."""
         return self._view.is_attached()
 
+    def _viewpoint(
+        self, request: pb.LookupRequest | pb.LookupStreamRequest | pb.BatchLookupRequest
+    ) -> Viewpoint | None:
+        """Whose numbers to answer in; None for those of the initial namespaces, as recorded."""
+        if not request.HasField("namespaces"):
+            return None
+        try:
+            return Viewpoint(request.namespaces, self._processes)
+        except NamespaceUnknown as error:
+            field = f"namespaces.{error.field}"
+            raise RequestError(
+                encode.error(
+                    code_pb2.INVALID_ARGUMENT, "NAMESPACE_UNKNOWN", f"{field}: {error}", field
+                )
+            ) from None
+
     def _result(
         self,
         message: pb.ConnectionKey,
         field: str,
         result: pb.LookupResult,
+        viewpoint: Viewpoint | None,
         capture_in_place: Callable[[], bool],
     ) -> None:
         try:
-            self._answer(message, result.found, capture_in_place)
+            self._answer(message, result.found, viewpoint, capture_in_place)
         except keys.InvalidKey as error:
             result.error.CopyFrom(_invalid(field, error))
         except RequestError as error:
@@ -194,6 +220,7 @@ class PeerCredentialsService:
         self,
         message: pb.ConnectionKey,
         response: pb.LookupResponse,
+        viewpoint: Viewpoint | None,
         capture_in_place: Callable[[], bool],
     ) -> None:
         key = keys.parse(message)
@@ -217,6 +244,8 @@ class PeerCredentialsService:
                     found = Reason.NOT_LOCAL
             raise RequestError(_NOT_FOUND[found])
         encode.answer(response, found, basis)
+        if viewpoint:
+            viewpoint.translate(response, found.peer, found.acceptor)
 
     def _leaves_the_host(self, key: keys.Key) -> bool:
         netns_cookie = key.netns_cookie

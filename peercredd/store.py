@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import sys
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
@@ -23,6 +24,7 @@ from peercredd.libbpf import (
 )
 from peercredd.namespaces import own_cookie
 from peercredd.records import Connection, Credentials, Tuple
+from peercredd.so_peercred import Row
 
 _COOKIE = struct.Struct("=Q")
 _DROP_COUNT = struct.Struct("=Q")
@@ -93,6 +95,8 @@ class StoreStatus(NamedTuple):
     tables: tuple[Table, ...]
     drops: tuple[Drop, ...]
     missing_fields: tuple[str, ...]
+    so_peercred: tuple[Row, ...] = ()
+    """Where SO_PEERCRED on TCP is asked for, or attached."""
 
 
 class Store:
@@ -106,13 +110,14 @@ class Store:
     own_netns_cookie: int
     """SO_NETNS_COOKIE of the network namespace that this process is in."""
 
-    def __init__(self, pin_dir: Path) -> None:
-        """Open the capture in `pin_dir`.
+    def __init__(self, pin_dir: Path, opted_in: Callable[[], Iterable[Row]] = tuple) -> None:
+        """Open the capture in `pin_dir`; `opted_in` tells where SO_PEERCRED on TCP is asked for.
 
         Raises:
             OSError: there is none, or it may not be opened.
         """
         capture = pin_dir / pins.CAPTURE
+        self._opted_in = opted_in
         self._resources = ExitStack()
         try:
             self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
@@ -206,6 +211,7 @@ class Store:
                 for index, (name, description) in enumerate(records.DROPS, 1)
             ),
             missing_fields=tuple(self._about["missing_fields"]),
+            so_peercred=tuple(self._opted_in()),
         )
 
     def is_attached(self) -> bool:

@@ -12,7 +12,13 @@ from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
 from harness.patience import patient
-from harness.requirements import cannot_run, why_no_hook_set, why_no_kernel, why_no_root
+from harness.requirements import (
+    cannot_run,
+    why_no_hook_set,
+    why_no_kernel,
+    why_no_root,
+    why_no_systemd,
+)
 from harness.stage import Stage
 from peercredd import preemption
 from peercredd.hooks import HOOK_SETS
@@ -37,6 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line(
         "markers", "hook_sets(*names): of a promise that only these hook sets can keep"
     )
+    config.addinivalue_line("markers", "systemd: starts units; left out where systemd does not run")
     # BCC 0.37 declares its structures in a way that Python 3.14 warns of.
     config.addinivalue_line("filterwarnings", "ignore:Due to '_pack_':DeprecationWarning")
     config.stash[CHOSEN_HOOK_SETS] = tuple(
@@ -51,6 +58,7 @@ def pytest_report_header(config: pytest.Config) -> list[str]:
     return [
         f"hook sets: {', '.join(chosen)}",
         *(f"not {name}: {why_not_by_itself(name) or 'not asked for'}" for name in left_out),
+        *([f"no units of systemd: {reason}"] if (reason := why_no_systemd()) else []),
     ]
 
 
@@ -70,10 +78,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the hook sets out that were not chosen, and be patient with a slow machine."""
-    wanted = {*config.stash[CHOSEN_HOOK_SETS], None}
-    config.hook.pytest_deselected(items=[each for each in items if hook_set_of(each) not in wanted])
-    items[:] = [each for each in items if hook_set_of(each) in wanted]
+    """Leave out the hook sets that were not chosen, and units; be patient with a slow machine."""
+    hook_sets = {*config.stash[CHOSEN_HOOK_SETS], None}
+
+    def wanted(item: pytest.Item) -> bool:
+        needs_systemd = item.get_closest_marker("systemd") is not None
+        return hook_set_of(item) in hook_sets and not (needs_systemd and why_no_systemd())
+
+    config.hook.pytest_deselected(items=[each for each in items if not wanted(each)])
+    items[:] = [each for each in items if wanted(each)]
     for item in items:
         marked = item.get_closest_marker("timeout")
         seconds = marked.args[0] if marked else config.getoption("timeout")

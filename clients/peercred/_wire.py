@@ -37,7 +37,9 @@ from peercred.types import (
     Drop,
     End,
     Endpoint,
+    Namespaces,
     PeerCredentials,
+    SoPeercred,
     Status,
     Table,
     UnusedHookSet,
@@ -157,6 +159,31 @@ def key_of_tuple(
     return key
 
 
+def lookup_request(key: pb.ConnectionKey, namespaces: Namespaces | None) -> pb.LookupRequest:
+    """Return the request for one answer, in the numbers of `namespaces`.
+
+    Raises:
+        InvalidArgument: A namespace has no such number.
+
+    """
+    return pb.LookupRequest(key=key, namespaces=namespaces_message(namespaces))
+
+
+def namespaces_message(namespaces: Namespaces | None) -> pb.Namespaces | None:
+    """Return what names `namespaces` to the daemon, None for the initial ones.
+
+    Raises:
+        InvalidArgument: A namespace has no such number.
+
+    """
+    if namespaces is None:
+        return None
+    message = pb.Namespaces()
+    _set(message, "pid_namespace", namespaces.pid, "namespaces.pid")
+    _set(message, "user_namespace", namespaces.user, "namespaces.user")
+    return message
+
+
 def list_request(
     client_uid: int | None, server_port: int | None, netns_cookie: int | None
 ) -> pb.ListConnectionsRequest:
@@ -176,7 +203,8 @@ def list_request(
 class Batch:
     """Up to MAX_KEYS questions. Those that cannot be asked are answered at once, by their error."""
 
-    def __init__(self, questions: Iterable[Question]) -> None:
+    def __init__(self, questions: Iterable[Question], namespaces: Namespaces | None) -> None:
+        self._namespaces = namespaces
         self._keys: list[pb.ConnectionKey | InvalidArgument] = []
         for question in questions:
             try:
@@ -188,7 +216,8 @@ class Batch:
     def request(self) -> pb.BatchLookupRequest:
         """What to send; without keys there is nothing to ask."""
         return pb.BatchLookupRequest(
-            keys=[key for key in self._keys if isinstance(key, pb.ConnectionKey)]
+            keys=[key for key in self._keys if isinstance(key, pb.ConnectionKey)],
+            namespaces=namespaces_message(self._namespaces),
         )
 
     def answers(self, response: pb.BatchLookupResponse) -> Iterator[Answer]:
@@ -205,21 +234,24 @@ class Batch:
             )
         results = iter(response.results)
         for key in self._keys:
-            yield key if isinstance(key, InvalidArgument) else _answer(key, next(results))
+            if isinstance(key, InvalidArgument):
+                yield key
+            else:
+                yield _answer(key, next(results), self._namespaces)
 
 
-def batches(questions: Iterable[Question]) -> Iterator[Batch]:
+def batches(questions: Iterable[Question], namespaces: Namespaces | None) -> Iterator[Batch]:
     """Cut `questions` into what one BatchLookup takes."""
     remaining = iter(questions)
     while chunk := list(islice(remaining, MAX_KEYS)):
-        yield Batch(chunk)
+        yield Batch(chunk, namespaces)
 
 
-def peer_credentials(response: pb.LookupResponse) -> PeerCredentials:
-    """Decode the answer to one lookup.
+def peer_credentials(response: pb.LookupResponse, asked: Namespaces | None) -> PeerCredentials:
+    """Decode the answer to one lookup, which is to be in the numbers of `asked`.
 
     Raises:
-        PeerCredError: It lacks what no answer may lack.
+        PeerCredError: It lacks what no answer may lack, or has the numbers of other namespaces.
 
     """
     try:
@@ -233,6 +265,7 @@ def peer_credentials(response: pb.LookupResponse) -> PeerCredentials:
         **_fields(response.peer),
         peer_end=peer_end,
         basis=basis,
+        namespaces=_namespaces(response.namespaces, asked),
         server_socket_cookie=response.server_socket_cookie,
         client_socket_cookie=response.client_socket_cookie,
         netns_cookie=response.netns_cookie,
@@ -283,6 +316,10 @@ def status(response: pb.GetStatusResponse) -> Status:
         netns_cookie=response.netns_cookie,
         unused_hook_sets=tuple(
             UnusedHookSet(u.hook_set, u.reason) for u in response.unused_hook_sets
+        ),
+        so_peercred=tuple(
+            SoPeercred(s.target, s.source, s.cgroup or None, s.attached, s.waiting, s.detail)
+            for s in response.so_peercred
         ),
     )
 
@@ -349,7 +386,10 @@ def _set_endpoint(message: pb.Endpoint, end: Address, name: str) -> None:
 
 
 def _set(
-    message: pb.ConnectionKey | pb.ListConnectionsRequest, field: str, number: int | None, name: str
+    message: pb.ConnectionKey | pb.ListConnectionsRequest | pb.Namespaces,
+    field: str,
+    number: int | None,
+    name: str,
 ) -> None:
     if number is None:
         return
@@ -359,11 +399,28 @@ def _set(
         raise InvalidArgument(f"{name} is out of range: {number!r}", name) from error
 
 
-def _answer(key: pb.ConnectionKey, result: pb.LookupResult) -> Answer:
+def _namespaces(answered: pb.Namespaces, asked: Namespaces | None) -> Namespaces:
+    if not answered.HasField("pid_namespace") or not answered.HasField("user_namespace"):
+        raise PeerCredError(
+            "the daemon's answer does not say whose numbers it has; upgrade the daemon to this "
+            "library's version"
+        )
+    namespaces = Namespaces(pid=answered.pid_namespace, user=answered.user_namespace)
+    if asked and (
+        asked.pid not in (None, namespaces.pid) or asked.user not in (None, namespaces.user)
+    ):
+        raise PeerCredError(
+            f"the daemon's answer has the numbers of {namespaces}, not of {asked}; upgrade the "
+            "daemon to this library's version"
+        )
+    return namespaces
+
+
+def _answer(key: pb.ConnectionKey, result: pb.LookupResult, asked: Namespaces | None) -> Answer:
     match result.WhichOneof("result"):
         case "found":
             try:
-                return peer_credentials(result.found)
+                return peer_credentials(result.found, asked)
             except PeerCredError as error:
                 return error
         case "error":

@@ -13,7 +13,7 @@ import grpc.aio
 
 from peercred import _address, _wire
 from peercred.errors import PeerCredError
-from peercred.types import Connection, PeerCredentials, Status
+from peercred.types import Connection, Namespaces, PeerCredentials, Status
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
 
@@ -69,28 +69,43 @@ class AsyncClient:
         self._closed = True
         await self._channel.close()
 
-    async def lookup(self, sock: _wire.Socket) -> PeerCredentials:
+    async def lookup(
+        self, sock: _wire.Socket, *, namespaces: Namespaces | None = None
+    ) -> PeerCredentials:
         """Who is at the other end of `sock`; see `Client.lookup`."""
         key = _wire.key_of_socket(sock)
         try:
-            return await self._lookup(key)
+            return await self._lookup(key, namespaces)
         except PeerCredError as error:
             raise _wire.error_of_lookup(key, error) from error.__cause__
 
-    async def lookup_cookie(self, cookie: int, netns_cookie: int | None = None) -> PeerCredentials:
+    async def lookup_cookie(
+        self,
+        cookie: int,
+        netns_cookie: int | None = None,
+        *,
+        namespaces: Namespaces | None = None,
+    ) -> PeerCredentials:
         """Who is at the other end of the socket with that cookie; see `Client.lookup_cookie`."""
-        return await self._lookup(_wire.key_of_cookie(cookie, netns_cookie))
+        return await self._lookup(_wire.key_of_cookie(cookie, netns_cookie), namespaces)
 
     async def lookup_tuple(
-        self, local: _wire.Address, remote: _wire.Address, netns_cookie: int | None = None
+        self,
+        local: _wire.Address,
+        remote: _wire.Address,
+        netns_cookie: int | None = None,
+        *,
+        namespaces: Namespaces | None = None,
     ) -> PeerCredentials:
         """Who is at the other end of that connection; see `Client.lookup_tuple`."""
-        return await self._lookup(_wire.key_of_tuple(local, remote, netns_cookie))
+        return await self._lookup(_wire.key_of_tuple(local, remote, netns_cookie), namespaces)
 
-    async def lookup_many(self, questions: Iterable[_wire.Question]) -> list[_wire.Answer]:
+    async def lookup_many(
+        self, questions: Iterable[_wire.Question], *, namespaces: Namespaces | None = None
+    ) -> list[_wire.Answer]:
         """Who is at the other end of each; see `Client.lookup_many`."""
         answers: list[_wire.Answer] = []
-        for batch in _wire.batches(questions):
+        for batch in _wire.batches(questions, namespaces):
             answers += batch.answers(await self._call(self._stub.BatchLookup, batch.request))
         return answers
 
@@ -108,9 +123,11 @@ class AsyncClient:
         """Return what the daemon says of itself; see `Client.status`."""
         return _wire.status(await self._call(self._stub.GetStatus, pb.GetStatusRequest()))
 
-    async def _lookup(self, key: pb.ConnectionKey) -> PeerCredentials:
-        response = await self._call(self._stub.Lookup, pb.LookupRequest(key=key))
-        return _wire.peer_credentials(response)
+    async def _lookup(
+        self, key: pb.ConnectionKey, namespaces: Namespaces | None
+    ) -> PeerCredentials:
+        request = _wire.lookup_request(key, namespaces)
+        return _wire.peer_credentials(await self._call(self._stub.Lookup, request), namespaces)
 
     async def _call(
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request

@@ -12,7 +12,7 @@ import grpc
 
 from peercred import _address, _wire
 from peercred.errors import PeerCredError
-from peercred.types import Connection, PeerCredentials, Status
+from peercred.types import Connection, Namespaces, PeerCredentials, Status
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
 
@@ -34,6 +34,10 @@ class Client:
         address: Where the daemon is, in gRPC's syntax (``unix:/path``). Without it, the
             environment's PEERCRED_ADDRESS, else ``unix:/run/peercredd/peercredd.sock``.
         timeout: Seconds to wait for each answer of the daemon.
+
+    Every lookup takes `namespaces`: whose process, user and group ids the answers are to have, such
+    as ``Namespaces.own()``. Without, they have those of the initial namespaces. The daemon has to
+    see a process in each, else the lookup raises `InvalidArgument`.
 
     Every method raises `Unavailable` where no daemon answers (`DeadlineExceeded` where it does not
     in time), `Refused` where you may not ask, and `PeerCredError` for an answer that lacks what it
@@ -69,7 +73,9 @@ class Client:
         self._closed = True
         self._channel.close()
 
-    def lookup(self, sock: _wire.Socket) -> PeerCredentials:
+    def lookup(
+        self, sock: _wire.Socket, *, namespaces: Namespaces | None = None
+    ) -> PeerCredentials:
         """Who is at the other end of `sock`, a connected TCP socket of this process.
 
         Asked at the accepting end, who called connect(); at the connecting end, who called
@@ -82,11 +88,17 @@ class Client:
         """
         key = _wire.key_of_socket(sock)
         try:
-            return self._lookup(key)
+            return self._lookup(key, namespaces)
         except PeerCredError as error:
             raise _wire.error_of_lookup(key, error) from error.__cause__
 
-    def lookup_cookie(self, cookie: int, netns_cookie: int | None = None) -> PeerCredentials:
+    def lookup_cookie(
+        self,
+        cookie: int,
+        netns_cookie: int | None = None,
+        *,
+        namespaces: Namespaces | None = None,
+    ) -> PeerCredentials:
         """Who is at the other end of the socket with that SO_COOKIE.
 
         Raises:
@@ -94,10 +106,15 @@ class Client:
             InvalidArgument: A cookie is out of range, or the two do not belong together.
 
         """
-        return self._lookup(_wire.key_of_cookie(cookie, netns_cookie))
+        return self._lookup(_wire.key_of_cookie(cookie, netns_cookie), namespaces)
 
     def lookup_tuple(
-        self, local: _wire.Address, remote: _wire.Address, netns_cookie: int | None = None
+        self,
+        local: _wire.Address,
+        remote: _wire.Address,
+        netns_cookie: int | None = None,
+        *,
+        namespaces: Namespaces | None = None,
     ) -> PeerCredentials:
         """Who is at the other end of the newest connection between `local` and `remote`.
 
@@ -106,23 +123,26 @@ class Client:
             remote: getpeername() of the asking end.
             netns_cookie: SO_NETNS_COOKIE of the asking end; without it, the daemon's own network
                 namespace is meant.
+            namespaces: Whose numbers the answer is to have.
 
         Raises:
             NotFound: Nothing is known of that connection; the reason says why.
             InvalidArgument: These cannot be the two ends of a connection.
 
         """
-        return self._lookup(_wire.key_of_tuple(local, remote, netns_cookie))
+        return self._lookup(_wire.key_of_tuple(local, remote, netns_cookie), namespaces)
 
-    def lookup_many(self, questions: Iterable[_wire.Question]) -> list[_wire.Answer]:
+    def lookup_many(
+        self, questions: Iterable[_wire.Question], *, namespaces: Namespaces | None = None
+    ) -> list[_wire.Answer]:
         """Who is at the other end of each: a socket, or a (local, remote) pair.
 
         Returns the answers in the order of the questions. One that fails stands in its place as
-        the error that `lookup` or `lookup_tuple` would have raised, and does not fail the others.
-        The daemon is asked once for every 1,000.
+        the error that `lookup` or `lookup_tuple` would have raised, and does not fail the others;
+        only unknown `namespaces` fail them all. The daemon is asked once for every 1,000.
         """
         answers: list[_wire.Answer] = []
-        for batch in _wire.batches(questions):
+        for batch in _wire.batches(questions, namespaces):
             answers += batch.answers(self._call(self._stub.BatchLookup, batch.request))
         return answers
 
@@ -153,8 +173,9 @@ class Client:
         """Return what the daemon says of itself: its version, its tables, what it had to drop."""
         return _wire.status(self._call(self._stub.GetStatus, pb.GetStatusRequest()))
 
-    def _lookup(self, key: pb.ConnectionKey) -> PeerCredentials:
-        return _wire.peer_credentials(self._call(self._stub.Lookup, pb.LookupRequest(key=key)))
+    def _lookup(self, key: pb.ConnectionKey, namespaces: Namespaces | None) -> PeerCredentials:
+        request = _wire.lookup_request(key, namespaces)
+        return _wire.peer_credentials(self._call(self._stub.Lookup, request), namespaces)
 
     def _call(
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request

@@ -6,6 +6,10 @@ from dataclasses import dataclass
 from datetime import datetime
 from enum import Enum
 from ipaddress import IPv4Address, IPv6Address
+from pathlib import Path
+from typing import Literal, Self
+
+from peercred.errors import InvalidArgument
 
 
 class End(Enum):
@@ -35,15 +39,52 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Namespaces:
+    """Whose numbers process ids, and user and group ids, are.
+
+    Inode numbers, as in /proc/PID/ns; None is the initial namespace.
+    """
+
+    pid: int | None = None
+    user: int | None = None
+
+    @classmethod
+    def own(cls) -> Self:
+        """Those that this process is in."""
+        return cls.of("self")
+
+    @classmethod
+    def of(cls, pid: int | Literal["self"]) -> Self:
+        """Those that a process is in, which may be another user's for root only.
+
+        Raises:
+            InvalidArgument: There is no such process, or you may not look at it.
+
+        """
+        folder = Path("/proc", str(pid), "ns")
+        try:
+            return cls(pid=(folder / "pid").stat().st_ino, user=(folder / "user").stat().st_ino)
+        except FileNotFoundError:
+            raise InvalidArgument(f"there is no process {pid}; see `ps`", "pid") from None
+        except OSError as error:
+            raise InvalidArgument(
+                f"the namespaces of process {pid} cannot be seen: {error.strerror}; be its user, "
+                "or root",
+                "pid",
+            ) from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Credentials:
     """Credentials of a task when it called connect(), listen() or accept().
 
-    Numbers are those of the initial namespaces. ``None`` is unknown: the
-    kernel does not provide the field.
+    Numbers are those of the initial namespaces, unless a lookup named others. ``None`` is
+    unknown: the kernel does not provide the field, or it has no number there.
     """
 
     pid: int
-    """Thread group id, as SO_PEERCRED has it."""
+    """Thread group id, as SO_PEERCRED has it: 0 where the process is not visible in the
+    namespace a lookup named."""
     uid: int
     """Effective user id, as SO_PEERCRED has it."""
     gid: int
@@ -85,6 +126,8 @@ class PeerCredentials(Credentials):
     peer_end: End
     """Which end these credentials are of: the one opposite to the asker."""
     basis: Basis
+    namespaces: Namespaces
+    """Whose numbers these are, and those of `acceptor`; both are always there."""
     server_socket_cookie: int
     client_socket_cookie: int
     netns_cookie: int
@@ -153,6 +196,25 @@ class UnusedHookSet:
     reason: str
 
 
+@dataclass(frozen=True, slots=True)
+class SoPeercred:
+    """Where getsockopt(SO_PEERCRED) on TCP is asked for, or answered."""
+
+    target: str
+    """As it was named: "all", the path of a cgroup, or a systemd unit."""
+    source: str
+    """Who asked: "config", "enabled" (at run time), "transient" (likewise, until the cgroup goes
+    or the capture ends), or "leftover" (nobody any more; it ends at the next change)."""
+    cgroup: str | None
+    """The directory that the target means now; None when that is not known."""
+    attached: bool
+    """Whether getsockopt() is answered there now."""
+    waiting: bool = False
+    """Whether that begins by itself as soon as the cgroup is made."""
+    detail: str = ""
+    """Why it is not attached."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """What the daemon says of itself."""
@@ -171,3 +233,4 @@ class Status:
     daemon_pid: int
     netns_cookie: int
     unused_hook_sets: tuple[UnusedHookSet, ...] = ()
+    so_peercred: tuple[SoPeercred, ...] = ()

@@ -5,7 +5,6 @@ import pytest
 from harness import steps
 from harness.channel import Descriptor
 from harness.netns import NetworkNamespace
-from harness.oracle import Peer
 from harness.routes import (
     ANY_V4,
     LAN,
@@ -18,6 +17,7 @@ from harness.routes import (
     USUAL,
     V4,
 )
+from harness.so_peercred import Peer
 from harness.stage import Stage
 from harness.steps import Route
 from harness.users import ALICE, GAMES, SERVICE, STAFF

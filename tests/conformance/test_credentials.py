@@ -12,9 +12,9 @@ import pytest
 from harness import steps
 from harness.actor_process import go_on_in_second_thread
 from harness.actors import PYTHON, Actor
-from harness.oracle import MAX_GROUPS, Peer
 from harness.requirements import cannot_run
 from harness.routes import V4
+from harness.so_peercred import MAX_GROUPS, Peer
 from harness.stage import Stage
 from harness.steps import Route
 from harness.syscalls import CLONE_NEWPID, CLONE_NEWUSER, syscall

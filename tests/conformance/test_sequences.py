@@ -14,8 +14,8 @@ import peercred
 from harness import steps
 from harness.actors import Actor, Origin
 from harness.io_uring import Mode
-from harness.oracle import Peer
 from harness.routes import LOOPBACK
+from harness.so_peercred import Peer
 from harness.stage import Connect, Stage
 from harness.steps import Both, ByRing, Route
 from harness.users import ALICE, BOB, CAROL

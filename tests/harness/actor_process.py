@@ -53,15 +53,21 @@ def serve(control: socket.socket) -> NoReturn:
         send(control, answer)
 
 
-def fork(control: Descriptor) -> int:
-    """Fork a process that takes its steps from `control`; returns its pid."""
-    pid = os.fork()
-    if pid:
+def fork(control: Descriptor) -> None:
+    """Fork a process that says its pidfd over `control` and takes its steps from there.
+
+    A pid would be a number of this process's own pid namespace.
+    """
+    if os.fork():
         os.close(control)
-        return pid
+        return
     _control.close()
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    serve(socket.socket(fileno=control))
+    sock = socket.socket(fileno=control)
+    pidfd = os.pidfd_open(os.getpid())
+    send(sock, Descriptor(pidfd))
+    os.close(pidfd)
+    serve(sock)
 
 
 def execute(executable: str | None, kept: tuple[int, ...]) -> NoReturn:

@@ -52,10 +52,13 @@ class Call(Generic[R]):
 class Actor:
     """One process. Calling it with a step and its arguments runs the step there."""
 
-    def __init__(self, control: socket.socket, pid: int) -> None:
+    pid: int
+    """As this process knows it, whatever pid namespace the actor is in."""
+
+    def __init__(self, control: socket.socket, pidfd: int) -> None:
         self.control = control
-        self.pid = pid
-        self._pidfd = os.pidfd_open(pid)
+        self.pid = _pid(pidfd)
+        self._pidfd = pidfd
 
     def __call__(self, step: Callable[P, R], *arguments: P.args, **named: P.kwargs) -> R:
         """Run a step and return what it returns; raises what it raises."""
@@ -70,8 +73,8 @@ class Actor:
         """fork(): a child with the same open sockets, under the same numbers."""
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            pid = self(actor_process.fork, Descriptor(theirs.fileno()))
-        return Actor(ours, pid)
+            self(actor_process.fork, Descriptor(theirs.fileno()))
+        return Actor(ours, int(receive(ours)))
 
     def execute(self, kept: Iterable[int] = (), program: Path | None = None) -> None:
         """execve() of Python, or of `program`, a copy of it; the sockets `kept` stay open."""
@@ -121,6 +124,12 @@ class Actor:
             raise TimeoutError(f"pid {self.pid} did not end in {WAIT_SECONDS} s")
 
 
+def _pid(pidfd: int) -> int:
+    """The process behind a pidfd: its "Pid" of proc_pid_fdinfo(5)."""
+    lines = Path(f"/proc/self/fdinfo/{pidfd}").read_text().splitlines()
+    return next(int(value) for name, value in map(str.split, lines) if name == "Pid:")
+
+
 class Origin:
     """The process all actors are forked from: small, without threads, in a cgroup.
 
@@ -141,7 +150,7 @@ class Origin:
             self._process = subprocess.Popen(command, pass_fds=[theirs.fileno()])
         if cgroup:
             cgroup.add(self._process.pid)
-        self._actor = Actor(ours, self._process.pid)
+        self._actor = Actor(ours, os.pidfd_open(self._process.pid))
         Call[None](self._actor, "starting").result()
         self._actor(actor_process.reap_no_children)
 

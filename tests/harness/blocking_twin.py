@@ -41,17 +41,19 @@ class BlockingTwin:
     def close(self) -> None:
         self._runner.run(self._client.close())
 
-    def lookup(self, sock: Any) -> PeerCredentials:
-        return self._runner.run(self._client.lookup(sock))
+    def lookup(self, sock: Any, **named: Any) -> PeerCredentials:
+        return self._runner.run(self._client.lookup(sock, **named))
 
-    def lookup_cookie(self, *arguments: Any) -> PeerCredentials:
-        return self._runner.run(self._client.lookup_cookie(*arguments))
+    def lookup_cookie(self, *arguments: Any, **named: Any) -> PeerCredentials:
+        return self._runner.run(self._client.lookup_cookie(*arguments, **named))
 
-    def lookup_tuple(self, *arguments: Any) -> PeerCredentials:
-        return self._runner.run(self._client.lookup_tuple(*arguments))
+    def lookup_tuple(self, *arguments: Any, **named: Any) -> PeerCredentials:
+        return self._runner.run(self._client.lookup_tuple(*arguments, **named))
 
-    def lookup_many(self, questions: Iterable[Any]) -> list[PeerCredentials | PeerCredError]:
-        return self._runner.run(self._client.lookup_many(questions))
+    def lookup_many(
+        self, questions: Iterable[Any], **named: Any
+    ) -> list[PeerCredentials | PeerCredError]:
+        return self._runner.run(self._client.lookup_many(questions, **named))
 
     def connections(self, **filters: Any) -> Iterator[Connection]:
         return self._drain(self._client.connections(**filters))

@@ -40,6 +40,7 @@ def found(cookie: int = 0) -> pb.LookupResponse:
         basis=pb.BASIS_SOCKET,
         peer=pb.Credentials(pid=7, uid=0, gid=0),
         server_socket_cookie=cookie,
+        namespaces=pb.Namespaces(pid_namespace=4026531836, user_namespace=4026531837),
     )
 
 
@@ -50,6 +51,8 @@ class CannedDaemon(PeerCredentialsServicer):
         self.address = address
         self.keys: list[pb.ConnectionKey] = []
         """Every key asked for, in any way."""
+        self.namespaces: list[pb.Namespaces] = []
+        """Those that each call named; none for the initial ones."""
         self.batch_sizes: list[int] = []
         self.filters: list[pb.ListConnectionsRequest] = []
         self.list_seconds_remaining = 0.0
@@ -84,6 +87,7 @@ class CannedDaemon(PeerCredentialsServicer):
 
     def Lookup(self, request: pb.LookupRequest, context: Any) -> pb.LookupResponse:
         self._wait()
+        self.namespaces.append(request.namespaces)
         answer = self._answer(request.key)
         if isinstance(answer, Status):
             fail(context, answer)
@@ -91,6 +95,7 @@ class CannedDaemon(PeerCredentialsServicer):
 
     def BatchLookup(self, request: pb.BatchLookupRequest, context: Any) -> pb.BatchLookupResponse:
         self.batch_sizes.append(len(request.keys))
+        self.namespaces.append(request.namespaces)
         if self.results is not None:
             return pb.BatchLookupResponse(results=self.results)
         response = pb.BatchLookupResponse()

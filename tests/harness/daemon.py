@@ -33,12 +33,19 @@ class Daemon:
     Without a cgroup it covers the host: that is for the `trace` hook set only, which
     attaches nothing to the root cgroup.
 
+    Captured sockets answer getsockopt(SO_PEERCRED) too, unless `so_peercred` is false.
+
     Unless options say otherwise it does not sweep: what a test leaves in a table was
     not retired, and stays to be seen.
     """
 
     def __init__(
-        self, cgroup: Cgroup | None, hook_set: str, *options: str, pin_dir: Path | None = None
+        self,
+        cgroup: Cgroup | None,
+        hook_set: str,
+        *options: str,
+        pin_dir: Path | None = None,
+        so_peercred: bool = True,
     ) -> None:
         assert cgroup or hook_set == "trace"
         self.hook_set = hook_set
@@ -67,6 +74,8 @@ class Daemon:
                     *("--socket", str(self.socket)),
                     *("--group", "root"),
                     *("--sweep-interval-seconds", _NEVER),
+                    *("--so-peercred-state", str(folder / "so_peercred.json")),
+                    *(("--so-peercred", "all") if so_peercred else ()),
                     *options,
                 ],
                 stdin=subprocess.DEVNULL,

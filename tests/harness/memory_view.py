@@ -63,6 +63,8 @@ def credentials(uid: int = 1000, groups: Iterable[int] = (4, 24, 27)) -> Credent
         group_count=len(numbers),
         comm=b"client\0junk".ljust(16, b"\0"),
         groups=struct.pack("32I", *(numbers + (0xDEAD,) * 32)[:32]),
+        pid_level=0,
+        pids=bytes(48),
     )
 
 

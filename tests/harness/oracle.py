@@ -2,48 +2,24 @@
 
 from __future__ import annotations
 
-import array
 import contextlib
 import socket
 import struct
-from typing import NamedTuple
 
 import grpc
 from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
 
 import peercred
+from harness import so_peercred
+from harness.so_peercred import MAX_GROUPS, Peer
 from harness.steps import IPPROTO_MPTCP, Both
 from peercred import Basis, InvalidArgument, NotFound, PeerCredentials
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as rpc
 
 SO_COOKIE = 57
-SO_PEERGROUPS = 59
 SO_NETNS_COOKIE = 71
-MAX_GROUPS = 32
-_UCRED = struct.Struct("iII")
-_LARGEST_OPTION = 1024
-
-
-class Peer(NamedTuple):
-    """What SO_PEERCRED and SO_PEERGROUPS say."""
-
-    pid: int
-    uid: int
-    gid: int
-    groups: tuple[int, ...]
-    """The first MAX_GROUPS."""
-    group_count: int
-
-
-def unix_peer(sock: socket.socket) -> Peer:
-    """Ask the kernel who is at the other end of a unix(7) socket."""
-    option = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size)
-    pid, uid, gid = _UCRED.unpack(option)
-    groups = array.array("I")
-    groups.frombytes(sock.getsockopt(socket.SOL_SOCKET, SO_PEERGROUPS, _LARGEST_OPTION))
-    return Peer(pid, uid, gid, tuple(groups[:MAX_GROUPS]), len(groups))
 
 
 def as_peer(answer: PeerCredentials) -> Peer:
@@ -83,9 +59,10 @@ def tcp_answer(client: peercred.Client, sock: socket.socket) -> PeerCredentials:
 
 def same_peer(client: peercred.Client, sockets: Both[socket.socket]) -> Peer:
     """Ask both transports and return their one answer; raises AssertionError if it is two."""
-    expected = unix_peer(sockets.unix)
+    expected = so_peercred.peer(sockets.unix)
     found = as_peer(tcp_answer(client, sockets.tcp))
     assert found == expected, f"TCP says {found}, AF_UNIX says {expected}"
+    assert so_peercred.tcp_peer(sockets.tcp) == so_peercred.as_told_by_tcp(expected)
     return found
 
 

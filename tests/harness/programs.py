@@ -92,9 +92,10 @@ def _opened(descriptor: int) -> Iterator[int]:
 
 @contextmanager
 def _unless_gone() -> Iterator[None]:
-    """Pass over what goes while it is looked at."""
+    """Pass over what goes, or is not whole yet, while it is looked at."""
     try:
         yield
     except KernelError as error:
-        if error.errno != errno.ENOENT:
+        # EAGAIN: the link has its number, and somebody is still attaching it.
+        if error.errno not in (errno.ENOENT, errno.EAGAIN):
             raise

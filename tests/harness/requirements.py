@@ -59,6 +59,13 @@ def why_no_hook_set(name: str) -> str | None:
     return None
 
 
+def why_no_systemd() -> str | None:
+    """Why this machine has no units to start; None where systemd runs it."""
+    if Path("/run/systemd/system").is_dir():  # as sd_booted(3) tells
+        return None
+    return f"process 1 is {Path('/proc/1/comm').read_text().strip()}"
+
+
 def _why_no_bpf() -> str | None:
     number = _SYS_BPF.get(platform.machine())
     if number is None:

@@ -10,15 +10,15 @@ from dataclasses import dataclass
 from types import TracebackType
 
 import peercred
-from harness import oracle, steps
+from harness import oracle, so_peercred, steps
 from harness.acceptors import Acceptor, acceptor_of, told_acceptor
 from harness.actors import Actor, Origin
 from harness.channel import Descriptor
 from harness.daemon import occupancy, wait_until_empty
 from harness.netns import NetworkNamespace
-from harness.oracle import Peer
 from harness.patience import patient
 from harness.routes import V4
+from harness.so_peercred import Peer
 from harness.steps import Address, Addresses, Both, Option, Route
 from peercred import PeerCredentials
 
@@ -125,6 +125,7 @@ class Stage:
     def refusal(self, actor: Actor, fd: int) -> str:
         """Why nobody is known at the other end of an actor's TCP socket."""
         with actor.borrow(fd) as sock:
+            assert so_peercred.tcp_peer(sock) == (so_peercred.NOBODY, None)
             return oracle.refusal(self.client, sock)
 
     def wait_until_empty(self) -> None:

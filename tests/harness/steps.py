@@ -20,8 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, ParamSpec, TypeVar
 
+from harness import so_peercred
 from harness.channel import Descriptor
 from harness.io_uring import Mode, Ring, sockaddr
+from harness.so_peercred import Peer
 from harness.syscalls import (
     CLONE_NEWNET,
     set_thread_credentials,
@@ -35,6 +37,7 @@ IPV6_ADDRFORM = 1
 TCP_ESTABLISHED = 1
 TCP_FIN_WAIT1 = 4
 TCP_CLOSE = 7
+PR_SET_DUMPABLE = 4
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -76,6 +79,15 @@ class Route:
 
     def __str__(self) -> str:
         return self.name
+
+
+class Extent(NamedTuple):
+    """A line of a user namespace's uid_map or gid_map, user_namespaces(7)."""
+
+    inside: int
+    outside: int
+    """As the parent namespace knows it."""
+    length: int
 
 
 def become(uid: int, gid: int | None = None, groups: Iterable[int] = ()) -> None:
@@ -210,6 +222,11 @@ def sockets(
         tcp.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         tcp.bind(local)
     return Both(unix_socket(), tcp.detach())
+
+
+def open_socket(family: int, kind: int, protocol: int) -> int:
+    """socket()."""
+    return socket.socket(family, kind, protocol).detach()
 
 
 def unix_socket() -> int:
@@ -467,6 +484,18 @@ def names(fd: int) -> tuple[Address, Address]:
         return sock.getsockname(), sock.getpeername()
 
 
+def peer(fd: int) -> Peer:
+    """What the kernel says of the other end, in the numbers of the actor's own namespaces."""
+    with _borrow(fd) as sock:
+        return so_peercred.peer(sock)
+
+
+def tcp_peer(fd: int) -> tuple[so_peercred.Credentials, tuple[int, ...] | None]:
+    """What a TCP socket itself says of the other end, likewise."""
+    with _borrow(fd) as sock:
+        return so_peercred.tcp_peer(sock)
+
+
 def give(fds: Iterable[int]) -> list[Descriptor]:
     """The sockets themselves, for whoever asked."""
     return [Descriptor(fd) for fd in fds]
@@ -494,6 +523,27 @@ def enter_network_namespace(namespace: Descriptor) -> None:
     """Sockets made from now on belong to `namespace`."""
     syscall("setns", int(namespace), CLONE_NEWNET)
     os.close(namespace)
+
+
+def unshare(kinds: int) -> None:
+    """Leave for new namespaces, CLONE_NEW* of syscalls.py; a pid namespace is for children only."""
+    syscall("unshare", kinds)
+
+
+def write_id_map(pid: int, name: str, extents: Iterable[Extent]) -> None:
+    """Say which ids another process's user namespace has; `name` is "uid_map" or "gid_map"."""
+    # The kernel takes one write() only.
+    lines = "".join(f"{each.inside} {each.outside} {each.length}\n" for each in extents)
+    Path(f"/proc/{pid}/{name}").write_bytes(lines.encode())
+
+
+def make_dumpable() -> None:
+    """Own the files of /proc/PID again, which a change of ids without execve() has taken away."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
 
 
 def kill_self() -> None:

@@ -21,13 +21,15 @@ LIMIT = 4
 
 
 @pytest.fixture
-def crowded(origin: Origin, cgroup: Cgroup, hook_set: str) -> Iterator[Stage]:
+def crowded(hook_set: str) -> Iterator[Stage]:
     """A stage whose daemon has little room."""
     with ExitStack() as resources:
+        cgroup = resources.enter_context(Cgroup())
         daemon = resources.enter_context(
             Daemon(cgroup, hook_set, f"--max-connections={LIMIT}", f"--max-pending={LIMIT}")
         )
         client = resources.enter_context(daemon.client())
+        origin = resources.enter_context(Origin(cgroup))
         yield resources.enter_context(Stage(origin, client))
 
 

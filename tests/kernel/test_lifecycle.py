@@ -75,8 +75,9 @@ class Place:
         command = [sys.executable, "-m", "peercredd", "--pin-dir", str(self.pin_dir), "unload"]
         subprocess.run(command, check=True)
 
-    def assert_attached_once(self) -> None:
-        programs.wait_until_attached(self.table_size, len(self.programs))
+    def assert_attached_once(self, besides: int = 1) -> None:
+        """Each program of the hook set, and what answers SO_PEERCRED: a daemon attaches that."""
+        programs.wait_until_attached(self.table_size, len(self.programs) + besides)
 
     def assert_nothing_attached(self) -> None:
         programs.wait_until_attached(self.table_size, 0)
@@ -211,11 +212,12 @@ def test_a_loader_killed_at_any_step_is_cleaned_up_at_the_next_start(place: Plac
             stdout=subprocess.PIPE,
             text=True,
         )
-        # Each map is pinned, each program attached and pinned; then there are three more.
+        # Each map is pinned, a program that is attached nowhere too, each other is attached and
+        # pinned; then there are three more.
         *_, calls = killing.stdout.splitlines()
-        assert int(calls) == len(capture.MAPS) + 2 * len(place.programs) + 3
+        assert int(calls) == len(capture.MAPS) + 1 + 2 * len(place.programs) + 3
         assert [entry.name for entry in place.pin_dir.iterdir()] == [pins.CAPTURE]
-        place.assert_attached_once()
+        place.assert_attached_once(besides=0)
 
 
 def test_a_loader_that_fails_leaves_nothing_attached(place: Place) -> None:

@@ -25,6 +25,9 @@ pytestmark = pytest.mark.kernel
 SECOND = 1_000_000_000
 PENDING_AGE, RECORD_AGE = 120, 300
 YOUNG, AGED, OVERDUE = 60, 400, 16 * 60
+LATER = 3600
+"""By how many seconds the sweeper's clock is ahead of this process's: nothing can be older
+than the boot, and the machine may have come up a minute ago."""
 LONG_GONE = count(1 << 62)
 """Cookies that no socket has; the kernel counts from 1."""
 UNREACHABLE = 1 << 62
@@ -85,7 +88,7 @@ class Capture:
     def connect(self, client: int, age: int, key: bytes | None = None) -> bytes:
         """What publish() in bpf/core.h writes; returns its key."""
         key = self.tuple() if key is None else key
-        head = records.PENDING_HEAD.pack(boot_time() - age * SECOND, client, 0, 0)
+        head = records.PENDING_HEAD.pack(ago(age), client, 0, 0)
         self.tables.pending.update(key, head.ljust(records.PENDING_SIZE, b"\1"))
         return key
 
@@ -100,7 +103,7 @@ class Capture:
     ) -> bytes:
         """What establish() in bpf/core.h writes; returns the tuple."""
         key = self.tuple() if key is None else key
-        established = boot_time() - age * SECOND if complete else 0
+        established = ago(age) if complete else 0
         record = records.CONNECTION_HEAD.pack(established, ends.server, ends.client, listener)
         record += key + records.CONNECTION_ENDS.pack(*happened)
         server = u64(ends.server)
@@ -132,7 +135,10 @@ class Capture:
             "record_age_seconds": RECORD_AGE,
         }
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "peercredd.sweeper", json.dumps(arguments)],
+            [
+                *("unshare", "--time", f"--boottime={LATER}", "--fork", "--"),
+                *(sys.executable, "-P", "-m", "peercredd.sweeper", json.dumps(arguments)),
+            ],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -155,8 +161,9 @@ def u64(number: int) -> bytes:
     return number.to_bytes(8, sys.byteorder)
 
 
-def boot_time() -> int:
-    return time.clock_gettime_ns(time.CLOCK_BOOTTIME)
+def ago(seconds: int) -> int:
+    """When that was, by the sweeper's clock."""
+    return time.clock_gettime_ns(time.CLOCK_BOOTTIME) + (LATER - seconds) * SECOND
 
 
 def cookie(sock: socket.socket) -> int:
@@ -468,7 +475,8 @@ def test_nothing_aged_means_no_look_at_sockets(
         return sockets()
 
     monkeypatch.setattr(sockdiag, "sockets", watched)
-    ages = PENDING_AGE * SECOND, RECORD_AGE * SECOND
+    # By this process's clock.
+    ages = (PENDING_AGE - LATER) * SECOND, (RECORD_AGE - LATER) * SECOND
     assert sweeper.sweep(capture.tables, *ages) == NOTHING
     assert looks == []
     capture.establish(gone(), AGED)

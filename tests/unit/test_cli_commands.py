@@ -25,7 +25,7 @@ LONG_ENDPOINT = "[fd00:1111:2222:3333:4444:5555:6666:7777]:50001"
 LOOKUP = ("lookup", "127.0.0.1:8080", "127.0.0.1:50000")
 TCP_LISTEN = "0A"  # as /proc/net/tcp writes it
 
-SUBCOMMANDS = ("lookup", "list", "status", "whoami", "doctor", "completion")
+SUBCOMMANDS = ("lookup", "list", "status", "whoami", "run", "doctor", "completion")
 
 
 class Peercred:
@@ -104,6 +104,7 @@ def found(**fields: Any) -> pb.LookupResponse:
         client_socket_cookie=31,
         netns_cookie=1,
         established_time_ns=6,
+        namespaces=pb.Namespaces(pid_namespace=4026531836, user_namespace=4026531837),
     )
 
 
@@ -287,6 +288,7 @@ def test_what_the_kernel_does_not_tell_is_shown_as_unknown(
         peer_end=pb.END_SERVER,
         basis=pb.BASIS_SOCKET,
         peer=pb.Credentials(pid=1, uid=0, gid=0),
+        namespaces=pb.Namespaces(pid_namespace=1, user_namespace=2),
     )
 
     human, document = peercred(*LOOKUP).stdout, json.loads(peercred(*LOOKUP, "--json").stdout)
@@ -527,6 +529,53 @@ def test_status_shows_how_often_a_program_ran_and_was_left_out(
     assert ["PROGRAM", "ATTACHED", "RUNS", "MISSED"] in rows
     assert ["tcp_connect", "yes", "1000", "7"] in rows
     assert ["inet_csk_accept", "yes", "0", "0"] in rows
+
+
+OPTED_IN = [
+    pb.GetStatusResponse.SoPeercred(
+        target="all", source="config", cgroup="/sys/fs/cgroup", attached=True
+    ),
+    pb.GetStatusResponse.SoPeercred(
+        target="a.service",
+        source="config",
+        cgroup="/sys/fs/cgroup/system.slice/a.service",
+        waiting=True,
+        detail="it does not run",
+    ),
+    pb.GetStatusResponse.SoPeercred(
+        target="/x", source="enabled", detail="/x: another program is there; ask its owner"
+    ),
+]
+
+
+def test_status_shows_where_so_peercred_works_on_tcp_and_why_elsewhere_not(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    assert "SO_PEERCRED" not in peercred("status").stdout
+    assert isinstance(canned.status, pb.GetStatusResponse)
+    canned.status.so_peercred.extend(OPTED_IN)
+
+    rows = [line.split() for line in peercred("status").stdout.splitlines()]
+    document = json.loads(peercred("status", "--json").stdout)
+
+    for row in (
+        ["SO_PEERCRED", "ON", "TCP", "SOURCE", "ATTACHED", "CGROUP", "DETAIL"],
+        ["all", "config", "yes", "/sys/fs/cgroup"],
+        [
+            *("a.service", "config", "waiting", "/sys/fs/cgroup/system.slice/a.service"),
+            *("it", "does", "not", "run"),
+        ],
+    ):
+        assert row in rows
+    assert ["/x", "enabled", "no", "unknown"] in [row[:4] for row in rows]
+    assert document["so_peercred"][2] == {
+        "target": "/x",
+        "source": "enabled",
+        "cgroup": None,
+        "attached": False,
+        "waiting": False,
+        "detail": "/x: another program is there; ask its owner",
+    }
 
 
 @pytest.mark.parametrize("missed", [0, 7])
@@ -953,6 +1002,7 @@ def test_doctor_is_content_when_all_is_well(
         "daemon reachable",
         "hooks attached",
         "no runs missed",
+        "SO_PEERCRED on TCP",
         "self-connection answered",
     ]
     assert {check["outcome"] for check in report["checks"]} == {"ok"}
@@ -972,7 +1022,7 @@ def test_doctor_is_not_content_with_one_check_that_is_not_ok(
 
     report = json.loads(done.stdout)
     assert (done.returncode, report["ok"]) == (1, False)
-    assert [check["outcome"] for check in report["checks"]] == [outcome, *["ok"] * 4]
+    assert [check["outcome"] for check in report["checks"]] == [outcome, *["ok"] * 5]
 
 
 def test_doctor_is_content_with_a_hook_set_that_is_not_needed(
@@ -1046,6 +1096,38 @@ def test_doctor_warns_of_missed_runs_and_does_not_fail(
     assert 'capture.hooks = "cgroup"' in warning["mend"]
 
 
+@pytest.mark.parametrize(
+    ("count", "outcome", "detail", "mend"),
+    [
+        (2, "ok", "all, a.service (waited for)", ""),
+        (3, "warning", "/x: another program is there", "ask its owner"),
+    ],
+)
+def test_doctor_warns_where_so_peercred_on_tcp_is_asked_for_and_cannot_be(
+    peercred: Peercred,
+    canned: CannedDaemon,
+    host_check: Callable[[str], None],
+    count: int,
+    outcome: str,
+    detail: str,
+    mend: str,
+) -> None:
+    host_check(says("ok"))
+    assert isinstance(canned.status, pb.GetStatusResponse)
+    canned.status.so_peercred.extend(OPTED_IN[:count])
+
+    done = examined(peercred, canned)
+
+    report = json.loads(done.stdout)
+    assert (done.returncode, report["ok"]) == (0, True)
+    assert report["checks"][4] == {
+        "name": "SO_PEERCRED on TCP",
+        "outcome": outcome,
+        "detail": detail,
+        "mend": mend,
+    }
+
+
 def test_doctor_finds_lost_hooks_and_wrong_answers_and_says_what_mends_them(
     peercred: Peercred, host_check: Callable[[str], None]
 ) -> None:
@@ -1104,7 +1186,7 @@ def test_doctor_cannot_tell_of_hooks_when_no_daemon_answers(
 
     _, *checks = json.loads(done.stdout)["checks"]
     assert done.returncode == 1
-    assert [check["outcome"] for check in checks] == ["failed", *["unknown"] * 3]
+    assert [check["outcome"] for check in checks] == ["failed", *["unknown"] * 4]
     assert "sudo peercredd" in checks[0]["mend"]
 
 

@@ -282,6 +282,7 @@ def test_an_answer_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         client_socket_cookie=2,
         netns_cookie=2**64 - 1,
         established_time_ns=4,
+        namespaces=pb.Namespaces(pid_namespace=5, user_namespace=6),
         acceptor=pb.Credentials(pid=21, uid=0, gid=22, groups=[5], comm=b"worker"),
     )
 
@@ -297,6 +298,7 @@ def test_an_answer_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         client_socket_cookie=2,
         netns_cookie=2**64 - 1,
         established_time_ns=4,
+        namespaces=peercred.Namespaces(pid=5, user=6),
         acceptor=peercred.Credentials(pid=21, uid=0, gid=22, groups=(5,), comm="worker"),
     )
 

@@ -233,6 +233,14 @@ def test_the_status_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         unused_hook_sets=[
             pb.GetStatusResponse.UnusedHookSet(hook_set="cgroup", reason="trace is preferred")
         ],
+        so_peercred=[
+            pb.GetStatusResponse.SoPeercred(
+                target="all", source="config", cgroup="/sys/fs/cgroup", attached=True
+            ),
+            pb.GetStatusResponse.SoPeercred(
+                target="a.service", source="enabled", waiting=True, detail="it does not run"
+            ),
+        ],
     )
     answer.capture_start_time.FromJsonString("2026-11-23T01:02:03.500Z")
     canned.status = answer
@@ -256,4 +264,10 @@ def test_the_status_arrives_whole(canned: CannedDaemon, client: Client) -> None:
         daemon_pid=4,
         netns_cookie=5,
         unused_hook_sets=(peercred.UnusedHookSet("cgroup", "trace is preferred"),),
+        so_peercred=(
+            peercred.SoPeercred("all", "config", "/sys/fs/cgroup", attached=True),
+            peercred.SoPeercred(
+                "a.service", "enabled", None, attached=False, waiting=True, detail="it does not run"
+            ),
+        ),
     )

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from peercredd import config, defaults
-from peercredd.config import OPTIONS, ConfigError, load
+from peercredd.config import OPTIONS, TABLES, ConfigError, load
 
 EXAMPLE = Path(__file__).parents[2] / "packaging" / "peercredd.toml"
 
@@ -64,6 +64,15 @@ def test_a_flag_wins_over_the_file_and_the_file_over_the_default(tmp_path: Path)
     }
 
 
+def test_a_list_given_by_flags_replaces_that_of_the_file(tmp_path: Path) -> None:
+    file = write(tmp_path, 'so_peercred.cgroups = ["all"]')
+
+    effective = load(file, {"so_peercred.cgroups": ["a.service", "/sys/fs/cgroup/b"]})
+
+    assert effective.config.so_peercred.cgroups == ["a.service", "/sys/fs/cgroup/b"]
+    assert effective.sources["so_peercred.cgroups"] == "flag:--so-peercred"
+
+
 def test_a_flag_can_take_back_what_the_file_switches_on(tmp_path: Path) -> None:
     file = write(tmp_path, "capture.keep = true")
 
@@ -105,6 +114,15 @@ def test_a_flag_can_take_back_what_the_file_switches_on(tmp_path: Path) -> None:
         ('capture.hooks = "kprobe"', "capture.hooks: 'kprobe' is not auto, trace or cgroup"),
         ('api.group = "a b"', "api.group: 'a b' is not the name of a group"),
         ('log.level = "loud"', "log.level: 'loud' is not debug, info, warning or error"),
+        (
+            'so_peercred.cgroups = "all"',
+            "so_peercred.cgroups: 'all' is not a list of targets, each \"all\", the absolute path",
+        ),
+        (
+            'so_peercred.cgroups = ["all", "postgresql"]',
+            "so_peercred.cgroups: ['all', 'postgresql'] is not a list of targets, each",
+        ),
+        ("so_peercred.cgroups = [1]", "so_peercred.cgroups: [1] is not a list of targets, each"),
         ("log.level = 2026-11-23", "log.level: datetime.date(2026, 11, 23) is not debug, info,"),
         ("log = 1", "log: has to be a table, written [log]"),
         ("[[log]]", "log: has to be a table, written [log]"),
@@ -128,7 +146,7 @@ def test_a_wrong_value_is_refused_with_its_key_and_what_is_allowed(
         ("keep = true", "'keep': unknown option; did you mean capture.keep?"),
         ('api.pin_dir = "/x"', "'api.pin_dir': unknown option; did you mean capture.pin_dir?"),
         ("api.qqqq = 1", "'api.qqqq': unknown option; [api] has socket, group"),
-        ("qqqq = 1", "'qqqq': unknown option; there are the tables capture, api, sweep, log"),
+        ("qqqq = 1", "'qqqq': unknown option; there are the tables capture, api, so_peercred, "),
         ('"a\\nb" = 1', "'a\\nb': unknown option; there are"),
     ],
 )
@@ -186,7 +204,7 @@ def test_flags_are_distinct() -> None:
 def test_the_example_file_lists_every_option_with_its_default() -> None:
     text = EXAMPLE.read_text()
 
-    assert tomllib.loads(text) == {"capture": {}, "api": {}, "sweep": {}, "log": {}}
+    assert tomllib.loads(text) == {table: {} for table in TABLES}
     switched_on = tomllib.loads(re.sub(r"^#(?=[a-z])", "", text, flags=re.MULTILINE))
     listed = {
         f"{table}.{name}": value

@@ -69,7 +69,12 @@ def test_config_names_the_source_of_each_value(peercredd: Run, tmp_path: Path) -
 
 
 def test_every_option_has_a_flag_that_sets_it(peercredd: Run) -> None:
-    other = {"a whole number": "17", "an absolute path": "/x", "the name": "staff"}
+    other = {
+        "a whole number": "17",
+        "an absolute path": "/x",
+        "the name": "staff",
+        "a list of targets": "all",
+    }
     flags = ["--hooks=trace", "--keep", "--log-level=debug", "--log-format=json"]
     for option in OPTIONS.values():
         flags += [
@@ -281,6 +286,9 @@ def test_bash_completes_commands_flags_and_choices() -> None:
     assert complete("--log-level", "") == {"debug", "info", "warning", "error"}
     assert complete("--hooks", "") == {"auto", "trace", "cgroup"}
     assert complete("check", "--v") == {"--verifier-log"}
+    assert complete("so-peercred", "") == {"enable", "disable", "list"}
+    assert complete("so-peercred", "enable", "a") == {"all"}
+    assert complete("so-peercred", "enable", "--t") == {"--transient"}
 
 
 def test_the_version_is_shown(peercredd: Run) -> None:
@@ -298,5 +306,49 @@ def test_help_shows_every_flag_its_default_and_examples(peercredd: Run) -> None:
         assert option.flag in text
         assert f"Default: {json.dumps(option.default)}." in words
     assert "Examples:\n" in text
-    for command in ("config", "check", "unload", "completion"):
+    for command in ("config", "check", "unload", "completion", "so-peercred"):
         assert "Examples:\n" in peercredd(command, "--help").stdout
+    for command in ("enable", "disable", "list"):
+        assert "Examples:\n" in peercredd("so-peercred", command, "--help").stdout
+
+
+def test_a_flag_that_may_be_repeated_gives_a_list(peercredd: Run) -> None:
+    done = peercredd("--so-peercred", "all", "--so-peercred", "a@b.service", "config", "--json")
+
+    assert json.loads(done.stdout)["so_peercred.cgroups"] == {
+        "value": ["all", "a@b.service"],
+        "source": "flag:--so-peercred",
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("so-peercred",),
+        ("so-peercred", "enable"),
+        ("so-peercred", "enable", "postgresql"),
+        ("so-peercred", "enable", "a/b"),
+        ("so-peercred", "enable", "a@.service"),
+        ("so-peercred", "enable", "--transient", "all"),
+        ("so-peercred", "disable", "--transient", "a.service"),
+        ("so-peercred", "list", "all"),
+        ("--so-peercred", "postgresql", "so-peercred", "list"),
+    ],
+)
+def test_what_is_no_target_is_refused_with_one_line_and_2(
+    peercredd: Run, arguments: tuple[str, ...]
+) -> None:
+    done = peercredd(*arguments)
+
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"peercredd: .+\n", done.stderr)
+
+
+@pytest.mark.parametrize("action", [("enable", "all"), ("disable", "all"), ("list",)])
+def test_without_privilege_so_peercred_says_what_it_lacks(
+    peercredd: Run, action: tuple[str, ...]
+) -> None:
+    done = peercredd("so-peercred", *action, prefix=POWERLESS)
+
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "peercredd: lacks CAP_SYS_ADMIN; run it as root\n"

@@ -79,7 +79,7 @@ def doctor(context: click.Context, settings: Settings) -> None:
 
     Looks at what the daemon needs, and whether it answers correctly. Run it as
     the user that starts the daemon, usually root; as a client, only the last
-    four checks matter. Each is "ok", "unused" (a hook set that does not work,
+    five checks matter. Each is "ok", "unused" (a hook set that does not work,
     and need not), "warning", "failed" or "unknown" (could not tell). Exit code
     1 when one is failed or unknown, else 0.
 
@@ -90,7 +90,13 @@ def doctor(context: click.Context, settings: Settings) -> None:
         host = threads.submit(check_host)
         daemon = [
             threads.submit(check, client)
-            for check in (check_daemon, check_hooks, check_missed_runs, check_self_connection)
+            for check in (
+                check_daemon,
+                check_hooks,
+                check_missed_runs,
+                check_so_peercred,
+                check_self_connection,
+            )
         ]
         checks = [*host.result(), *(check.result() for check in daemon)]
     healthy = all(check.outcome not in (Outcome.FAILED, Outcome.UNKNOWN) for check in checks)
@@ -216,6 +222,24 @@ def check_missed_runs(client: Client) -> Check:
     if all(attachment.missed_count is None for attachment in attachments):
         return Check(name, Outcome.OK, "the kernel does not count such runs here")
     return Check(name, Outcome.OK, "none")
+
+
+def check_so_peercred(client: Client) -> Check:
+    """Ask the daemon whether getsockopt() is answered wherever that is asked for."""
+    name = "SO_PEERCRED on TCP"
+    try:
+        asked = client.status().so_peercred
+    except PeerCredError:
+        return Check(name, Outcome.UNKNOWN, "the daemon does not say", MEND_THE_DAEMON)
+    for each in asked:
+        if not (each.attached or each.waiting):
+            detail, _, mend = each.detail.partition("; ")
+            detail = detail if each.target in detail else f"{each.target}: {detail}"
+            return Check(name, Outcome.WARNING, detail, mend or MEND_BY_THE_LOG)
+    if not asked:
+        return Check(name, Outcome.OK, "enabled nowhere")
+    states = (f"{each.target}{' (waited for)' if each.waiting else ''}" for each in asked)
+    return Check(name, Outcome.OK, ", ".join(states))
 
 
 def check_self_connection(client: Client) -> Check:

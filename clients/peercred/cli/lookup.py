@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import click
 
-from peercred import Endpoint, InvalidArgument, NotFound
+from peercred import Endpoint, InvalidArgument, Namespaces, NotFound
 from peercred.cli.credentials import print_peer
-from peercred.cli.parameters import cookie, endpoint
+from peercred.cli.parameters import cookie, endpoint, namespaces_of_process
 from peercred.cli.settings import Settings, common_options, pass_settings
 
 # What helps against each reason of NotFound.
@@ -41,7 +41,9 @@ Examples:
   The same over IPv6, and only the number:
     peercred lookup [::1]:8080 [::1]:51000 --json | jq .uid
   By the cookie that getsockopt(SO_COOKIE) gives, surest of all:
-    peercred lookup --cookie 4711""",
+    peercred lookup --cookie 4711
+  In the numbers of the container that process 4321 is in:
+    peercred lookup --as-seen-by 4321 --cookie 4711""",
 )
 @click.argument("local", type=endpoint, required=False, metavar="LOCAL")
 @click.argument("remote", type=endpoint, required=False, metavar="REMOTE")
@@ -58,6 +60,14 @@ Examples:
     metavar="N",
     help="SO_NETNS_COOKIE of the asking end's socket.  [default: the daemon's own network]",
 )
+@click.option(
+    "--as-seen-by",
+    "namespaces",
+    type=namespaces_of_process,
+    metavar="PID",
+    help="Answer in the numbers of that process's pid and user namespace.  "
+    "[default: the initial ones]",
+)
 @common_options
 @pass_settings
 def lookup(
@@ -66,6 +76,7 @@ def lookup(
     remote: Endpoint | None,
     socket_cookie: int | None,
     netns_cookie: int | None,
+    namespaces: Namespaces | None,
 ) -> None:
     """Show the credentials of the other end of a connection.
 
@@ -73,12 +84,17 @@ def lookup(
     them (getsockname and getpeername). They name the newest connection that
     has them; a socket cookie, given instead, names one connection for good.
 
+    With --as-seen-by, pid and ids are those that a process in these namespaces
+    would be told: pid 0 for a process that is not visible there, and the overflow
+    id, usually 65534, for a user or group without a number there.
+
     The last rows tell who called accept() at the server's end. That is no part
     of the answer, and unknown where the hook set is "cgroup".
 
-    With --json, "uid_name" and "gid_name" are looked up by this command now;
-    the rest is what the kernel recorded. Unknown is null. Who accepted is in
-    "acceptor".
+    With --json, "uid_name" and "gid_name" are looked up by this command now, if
+    it is in the user namespace whose ids it shows; the rest is what the kernel
+    recorded. Unknown is null. Who accepted is in "acceptor", and whose pids and
+    ids all are, in "namespaces".
     """
     if socket_cookie is not None and local:
         raise click.UsageError("--cookie excludes LOCAL and REMOTE; give one or the other")
@@ -87,9 +103,9 @@ def lookup(
     with settings.client() as client:
         try:
             if socket_cookie is not None:
-                peer = client.lookup_cookie(socket_cookie, netns_cookie)
+                peer = client.lookup_cookie(socket_cookie, netns_cookie, namespaces=namespaces)
             elif local and remote:
-                peer = client.lookup_tuple(local, remote, netns_cookie)
+                peer = client.lookup_tuple(local, remote, netns_cookie, namespaces=namespaces)
             else:
                 raise click.UsageError(
                     "a connection has two ends; give LOCAL and REMOTE, or --cookie"

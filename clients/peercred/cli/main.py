@@ -15,6 +15,7 @@ from peercred.cli.display import escape, print_json
 from peercred.cli.doctor import doctor
 from peercred.cli.listing import list_connections
 from peercred.cli.lookup import lookup
+from peercred.cli.run import OWN_FAILURE, RunError, run
 from peercred.cli.settings import common_options
 from peercred.cli.status import status
 from peercred.cli.whoami import whoami
@@ -42,6 +43,8 @@ Examples:
     peercred lookup 127.0.0.1:8080 127.0.0.1:51000
   What do servers on this host learn about me?
     peercred whoami
+  What does my server get from SO_PEERCRED on TCP?
+    sudo peercred run -- ./server
   Which users are connected to port 5432?
     peercred list --port 5432 --json | jq -r '.connections[].client.uid'
   It does not work. Why?
@@ -55,11 +58,12 @@ Exit codes:
   3  the daemon does not answer, or not in a way that can be used
   4  the daemon refuses to answer you
   74 the answer cannot be written
+  run: the command's own, or 125, 126, 127: see `peercred run --help`
 
 Errors are one line on stderr: what is wrong; what mends it. With --json, stdout
 gets one document in that case too: {"error": {"code", "message", "exit_code"}},
 code being "not_found" (with "reason"), "usage", "unavailable",
-"deadline_exceeded" or "refused".""",
+"deadline_exceeded", "refused" or "not_run".""",
 )
 @click.version_option(package_name="peercredd", message="peercred %(version)s")
 @common_options
@@ -71,7 +75,7 @@ def cli() -> None:
     """
 
 
-for command in (lookup, list_connections, status, whoami, doctor, completion):
+for command in (lookup, list_connections, status, whoami, run, doctor, completion):
     cli.add_command(command)
 
 
@@ -114,6 +118,8 @@ def _classify(error: PeerCredError) -> tuple[int, str, dict[str, str]]:
             return USAGE, "usage", {"field": error.field}
         case Refused():
             return REFUSED, "refused", {}
+        case RunError():
+            return OWN_FAILURE, "not_run", {}
         case DeadlineExceeded():
             return UNAVAILABLE, "deadline_exceeded", {}
     return UNAVAILABLE, "unavailable", {}
@@ -121,8 +127,9 @@ def _classify(error: PeerCredError) -> tuple[int, str, dict[str, str]]:
 
 def _fail(arguments: list[str], exit_code: int, code: str, message: str, **particulars: str) -> int:
     print(f"peercred: {escape(message)}", file=sys.stderr)
-    # The words themselves, not their parsed form: they may be what failed to parse.
-    if "--json" in arguments:
+    # The words themselves, not their parsed form: they may be what failed to parse. What comes
+    # behind "--" is another command's.
+    if "--json" in arguments[: arguments.index("--") if "--" in arguments else None]:
         error = {"code": code, **particulars, "message": message, "exit_code": exit_code}
         print_json({"error": error})
     return exit_code

@@ -1,4 +1,4 @@
-"""Command line words read strictly: endpoints, cookies, ports, users.
+"""Command line words read strictly: endpoints, cookies, ports, users, processes.
 
 Each function raises click.BadParameter, which says what is wrong and what would be right.
 """
@@ -11,10 +11,13 @@ from ipaddress import AddressValueError, IPv4Address, IPv6Address
 
 import click
 
-from peercred import Endpoint
+from peercred import Endpoint, InvalidArgument, Namespaces
 
 # (uid_t)-1 is the kernel's "no user".
 MAX_UID = 2**32 - 2
+
+# PID_MAX_LIMIT of the kernel, 64 bit.
+MAX_PID = 2**22
 
 FORMS = "write 127.0.0.1:8080 or [::1]:8080"
 
@@ -50,6 +53,14 @@ def uid(text: str) -> int:
         raise click.BadParameter(
             f"no user is named {text!r}; `getent passwd` lists the names"
         ) from None
+
+
+def namespaces_of_process(text: str) -> Namespaces:
+    """Read a process's id, for the namespaces that it is in now."""
+    try:
+        return Namespaces.of(_number(text, 1, MAX_PID, "a process id"))
+    except InvalidArgument as error:
+        raise click.BadParameter(str(error)) from None
 
 
 def _number(text: str, least: int, most: int, what: str) -> int:

@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from peercred import Attachment, Status
+from peercred import Attachment, SoPeercred, Status
 from peercred.cli.display import Styled, print_json, print_line, print_table
 from peercred.cli.settings import Settings, common_options, pass_settings
 
@@ -26,6 +26,9 @@ def status(settings: Settings) -> None:
     runs that the kernel left out: a connection then has no record, and lookups
     say "not found". "-": the kernel has no such figure; programs of the hook set
     "cgroup" are never left out.
+
+    SO_PEERCRED ON TCP lists where getsockopt() is answered, and who asked for that:
+    see `peercredd so-peercred --help`.
 
     With --json, "drops" and "tables" have every reason and table, zero counts too.
     """
@@ -59,6 +62,12 @@ def _print(answer: Status) -> None:
     )
     if any(attachment.missed_count for attachment in answer.attachments):
         print_line("Runs were missed: `peercred doctor` says what that means.")
+    if answer.so_peercred:
+        print_line("")
+        print_table(
+            [_opted_in(each) for each in answer.so_peercred],
+            ("SO_PEERCRED ON TCP", "SOURCE", "ATTACHED", "CGROUP", "DETAIL"),
+        )
     print_line("")
     print_table(
         [(table.name, str(table.entries), str(table.max_entries)) for table in answer.tables],
@@ -81,6 +90,13 @@ def _program(attachment: Attachment) -> tuple[str | Styled, ...]:
         _figure(attachment.run_count),
         Styled(_figure(attachment.missed_count), "bold red" if attachment.missed_count else ""),
     )
+
+
+def _opted_in(each: SoPeercred) -> tuple[str | Styled, ...]:
+    state: str | Styled = "yes" if each.attached else Styled("no", "bold red")
+    if each.waiting:
+        state = "waiting"
+    return each.target, each.source, state, each.cgroup or "unknown", each.detail
 
 
 def _figure(count: int | None) -> str:

@@ -5,7 +5,7 @@ Who is at the other end of a localhost TCP connection?
 
 The public contract of peercredd. Times are nanoseconds since boot
 (CLOCK_BOOTTIME) unless a field says otherwise; process, user and group ids
-are numbers of the initial namespaces.
+are numbers of the initial namespaces, unless a lookup names others.
 """
 
 from collections import abc as _abc
@@ -154,11 +154,56 @@ class ConnectionKey(_message.Message):
 Global___ConnectionKey: _TypeAlias = ConnectionKey  # noqa: Y015
 
 @_typing.final
+class Namespaces(_message.Message):
+    """The namespaces whose numbers are meant: a pid namespace's for process ids, a user
+    namespace's for user and group ids. Each is given by its inode number, as in
+    /proc/PID/ns; the initial ones' are 4026531836 (pid) and 4026531837 (user).
+
+    In a request, those to answer in, most often the asker's own; what is absent is
+    the initial one. A namespace in which the daemon sees no process is refused with
+    NAMESPACE_UNKNOWN. What an answer says of its peer and of the acceptor is then
+    what the kernel would tell a process in these namespaces of that peer on a unix(7)
+    socket: pid 0 where the process is not visible, and the overflow id of
+    /proc/sys/kernel/overflowuid or overflowgid, usually 65534, for an id without a
+    number there.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PID_NAMESPACE_FIELD_NUMBER: _builtins.int
+    USER_NAMESPACE_FIELD_NUMBER: _builtins.int
+    pid_namespace: _builtins.int
+    user_namespace: _builtins.int
+    def __init__(
+        self,
+        *,
+        pid_namespace: _builtins.int | None = ...,
+        user_namespace: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_pid_namespace", b"_pid_namespace", "_user_namespace", b"_user_namespace", "pid_namespace", b"pid_namespace", "user_namespace", b"user_namespace"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_pid_namespace", b"_pid_namespace", "_user_namespace", b"_user_namespace", "pid_namespace", b"pid_namespace", "user_namespace", b"user_namespace"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__pid_namespace: _TypeAlias = _typing.Literal["pid_namespace"]  # noqa: Y015
+    _WhichOneofArgType__pid_namespace: _TypeAlias = _typing.Literal["_pid_namespace", b"_pid_namespace"]  # noqa: Y015
+    _WhichOneofReturnType__user_namespace: _TypeAlias = _typing.Literal["user_namespace"]  # noqa: Y015
+    _WhichOneofArgType__user_namespace: _TypeAlias = _typing.Literal["_user_namespace", b"_user_namespace"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__pid_namespace) -> _WhichOneofReturnType__pid_namespace | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__user_namespace) -> _WhichOneofReturnType__user_namespace | None: ...
+
+Global___Namespaces: _TypeAlias = Namespaces  # noqa: Y015
+
+@_typing.final
 class Credentials(_message.Message):
     """Credentials of a task at one moment, as the kernel held them.
 
     An absent number is unknown; it is never to be read as 0. pid, uid and gid are
     what SO_PEERCRED gives on a unix(7) socket: thread group id and effective ids.
+
+    In other namespaces than the initial ones, pid, tid and all user and group ids are
+    other numbers, if any; every other field is the same in all.
     """
 
     DESCRIPTOR: _descriptor.Descriptor
@@ -188,8 +233,14 @@ class Credentials(_message.Message):
     NETWORK_NAMESPACE_FIELD_NUMBER: _builtins.int
     TIME_NS_FIELD_NUMBER: _builtins.int
     pid: _builtins.int
+    """0 where the process is not visible in the pid namespace that was asked for.
+    Absent where that cannot be told: it is nested too deep for that, or the kernel
+    does not provide it.
+    """
     tid: _builtins.int
-    """The thread that made the call."""
+    """The thread that made the call. In other pid namespaces than the initial one only
+    known, and else absent, for a visible process's first thread.
+    """
     uid: _builtins.int
     """Effective user id."""
     gid: _builtins.int
@@ -210,10 +261,14 @@ class Credentials(_message.Message):
     comm: _builtins.bytes
     """Name of the thread. Chosen by the process: fit for display, not for decisions."""
     effective_capabilities: _builtins.int
-    """Effective capabilities, bit N for capability number N of capabilities(7)."""
+    """Effective capabilities, bit N for capability number N of capabilities(7); in
+    force in user_namespace, whoever asks.
+    """
     no_new_privs: _builtins.bool
     login_uid: _builtins.int
-    """Audit login uid; absent where none was set or the kernel has no audit."""
+    """Audit login uid; absent where none was set, the kernel has no audit, or it has no
+    number in the user namespace that was asked for.
+    """
     audit_session_id: _builtins.int
     """Audit session id; absent likewise."""
     cgroup_id: _builtins.int
@@ -426,16 +481,22 @@ class LookupRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def key(self) -> Global___ConnectionKey: ...
+    @_builtins.property
+    def namespaces(self) -> Global___Namespaces:
+        """Whose numbers the answer is to have."""
+
     def __init__(
         self,
         *,
         key: Global___ConnectionKey | None = ...,
+        namespaces: Global___Namespaces | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespaces", b"namespaces"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespaces", b"namespaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -453,6 +514,7 @@ class LookupResponse(_message.Message):
     NETNS_COOKIE_FIELD_NUMBER: _builtins.int
     ESTABLISHED_TIME_NS_FIELD_NUMBER: _builtins.int
     ACCEPTOR_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
     peer_end: Global___End.ValueType
     """Which end the credentials are of: the one opposite to the asker."""
     basis: Global___Basis.ValueType
@@ -469,6 +531,12 @@ class LookupResponse(_message.Message):
         like it. Absent as in Connection.
         """
 
+    @_builtins.property
+    def namespaces(self) -> Global___Namespaces:
+        """Whose numbers peer and acceptor have. Both are always there: a daemon that does
+        not send them is too old to have regarded those of the request.
+        """
+
     def __init__(
         self,
         *,
@@ -480,10 +548,11 @@ class LookupResponse(_message.Message):
         netns_cookie: _builtins.int = ...,
         established_time_ns: _builtins.int = ...,
         acceptor: Global___Credentials | None = ...,
+        namespaces: Global___Namespaces | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["acceptor", b"acceptor", "peer", b"peer"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["acceptor", b"acceptor", "namespaces", b"namespaces", "peer", b"peer"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptor", b"acceptor", "basis", b"basis", "client_socket_cookie", b"client_socket_cookie", "established_time_ns", b"established_time_ns", "netns_cookie", b"netns_cookie", "peer", b"peer", "peer_end", b"peer_end", "server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["acceptor", b"acceptor", "basis", b"basis", "client_socket_cookie", b"client_socket_cookie", "established_time_ns", b"established_time_ns", "namespaces", b"namespaces", "netns_cookie", b"netns_cookie", "peer", b"peer", "peer_end", b"peer_end", "server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -524,18 +593,24 @@ class BatchLookupRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEYS_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def keys(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConnectionKey]:
         """At most 1,000."""
+
+    @_builtins.property
+    def namespaces(self) -> Global___Namespaces:
+        """Whose numbers all the answers are to have; the call fails where they are unknown."""
 
     def __init__(
         self,
         *,
         keys: _abc.Iterable[Global___ConnectionKey] | None = ...,
+        namespaces: Global___Namespaces | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["namespaces", b"namespaces"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["keys", b"keys", "namespaces", b"namespaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -566,16 +641,22 @@ class LookupStreamRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     KEY_FIELD_NUMBER: _builtins.int
+    NAMESPACES_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def key(self) -> Global___ConnectionKey: ...
+    @_builtins.property
+    def namespaces(self) -> Global___Namespaces:
+        """Whose numbers the answer to this request is to have."""
+
     def __init__(
         self,
         *,
         key: Global___ConnectionKey | None = ...,
+        namespaces: Global___Namespaces | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespaces", b"namespaces"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["key", b"key", "namespaces", b"namespaces"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -797,6 +878,49 @@ class GetStatusResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class SoPeercred(_message.Message):
+        """Where getsockopt(SO_PEERCRED) on TCP is asked for, or answered."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        TARGET_FIELD_NUMBER: _builtins.int
+        SOURCE_FIELD_NUMBER: _builtins.int
+        CGROUP_FIELD_NUMBER: _builtins.int
+        ATTACHED_FIELD_NUMBER: _builtins.int
+        WAITING_FIELD_NUMBER: _builtins.int
+        DETAIL_FIELD_NUMBER: _builtins.int
+        target: _builtins.str
+        """As it was named: "all", the path of a cgroup, or a systemd unit."""
+        source: _builtins.str
+        """Who asked: "config", the configuration; "enabled", somebody at run time;
+        "transient", likewise, until the cgroup goes or the capture ends; "leftover",
+        nobody any more, and it ends at the next change.
+        """
+        cgroup: _builtins.str
+        """The cgroup v2 directory that the target means now; empty when that is not known."""
+        attached: _builtins.bool
+        """Whether getsockopt() is answered there now."""
+        waiting: _builtins.bool
+        """Whether that begins by itself as soon as the cgroup is made."""
+        detail: _builtins.str
+        """Why it is not attached, in one line for people; empty when it is."""
+        def __init__(
+            self,
+            *,
+            target: _builtins.str = ...,
+            source: _builtins.str = ...,
+            cgroup: _builtins.str = ...,
+            attached: _builtins.bool = ...,
+            waiting: _builtins.bool = ...,
+            detail: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["attached", b"attached", "cgroup", b"cgroup", "detail", b"detail", "source", b"source", "target", b"target", "waiting", b"waiting"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     HOOK_SET_FIELD_NUMBER: _builtins.int
     KERNEL_RELEASE_FIELD_NUMBER: _builtins.int
@@ -810,6 +934,7 @@ class GetStatusResponse(_message.Message):
     DAEMON_PID_FIELD_NUMBER: _builtins.int
     NETNS_COOKIE_FIELD_NUMBER: _builtins.int
     UNUSED_HOOK_SETS_FIELD_NUMBER: _builtins.int
+    SO_PEERCRED_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     hook_set: _builtins.str
     """The hook set that captures: "trace" or "cgroup"."""
@@ -838,6 +963,8 @@ class GetStatusResponse(_message.Message):
     def attachments(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.Attachment]: ...
     @_builtins.property
     def unused_hook_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.UnusedHookSet]: ...
+    @_builtins.property
+    def so_peercred(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.SoPeercred]: ...
     def __init__(
         self,
         *,
@@ -854,10 +981,11 @@ class GetStatusResponse(_message.Message):
         daemon_pid: _builtins.int = ...,
         netns_cookie: _builtins.int = ...,
         unused_hook_sets: _abc.Iterable[Global___GetStatusResponse.UnusedHookSet] | None = ...,
+        so_peercred: _abc.Iterable[Global___GetStatusResponse.SoPeercred] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture_start_time", b"capture_start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "so_peercred", b"so_peercred", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -31,9 +31,9 @@ class PeerCredentialsStub:
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
-    INVALID_FILTER, and its metadata names the offending "field"; with
-    UNAVAILABLE: CAPTURE_LOST.
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
+    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
+    "field"; with UNAVAILABLE: CAPTURE_LOST.
     """
 
     def __init__(self, channel):
@@ -75,9 +75,9 @@ class PeerCredentialsServicer:
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
-    INVALID_FILTER, and its metadata names the offending "field"; with
-    UNAVAILABLE: CAPTURE_LOST.
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
+    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
+    "field"; with UNAVAILABLE: CAPTURE_LOST.
     """
 
     def Lookup(self, request, context):
@@ -162,9 +162,9 @@ class PeerCredentials:
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
-    INVALID_FILTER, and its metadata names the offending "field"; with
-    UNAVAILABLE: CAPTURE_LOST.
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
+    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
+    "field"; with UNAVAILABLE: CAPTURE_LOST.
     """
 
     @staticmethod

@@ -5,7 +5,7 @@ Who is at the other end of a localhost TCP connection?
 
 The public contract of peercredd. Times are nanoseconds since boot
 (CLOCK_BOOTTIME) unless a field says otherwise; process, user and group ids
-are numbers of the initial namespaces.
+are numbers of the initial namespaces, unless a lookup names others.
 """
 
 from collections import abc as _abc
@@ -37,9 +37,9 @@ class PeerCredentialsStub:
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
-    INVALID_FILTER, and its metadata names the offending "field"; with
-    UNAVAILABLE: CAPTURE_LOST.
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
+    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
+    "field"; with UNAVAILABLE: CAPTURE_LOST.
     """
 
     @_typing.overload
@@ -71,9 +71,9 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
-    INVALID_FILTER, and its metadata names the offending "field"; with
-    UNAVAILABLE: CAPTURE_LOST.
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
+    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
+    "field"; with UNAVAILABLE: CAPTURE_LOST.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -101,9 +101,9 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS or
-    INVALID_FILTER, and its metadata names the offending "field"; with
-    UNAVAILABLE: CAPTURE_LOST.
+    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
+    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
+    "field"; with UNAVAILABLE: CAPTURE_LOST.
     """
 
     @_abc_1.abstractmethod

@@ -1,0 +1,159 @@
+"""getsockopt() of a TCP socket says of its peer what that of a unix socket says.
+
+That it does in every scenario of this folder is checked wherever a `Stage` is asked for a
+peer, or for the reason why there is none. Here is what the calls themselves promise.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+import pytest
+
+from harness import so_peercred, steps
+from harness.actors import Actor, Origin
+from harness.cgroup import Cgroup
+from harness.routes import V4
+from harness.so_peercred import MAX_GROUPS, NOBODY, SO_PEERGROUPS, UCRED_SIZE, Told, getsockopt
+from harness.stage import Stage
+from harness.steps import Both, Route
+from harness.users import ALICE, BOB, SERVICE
+
+pytestmark = pytest.mark.kernel
+
+LENGTHS = (*range(UCRED_SIZE + 3), 16, 64, 4095, 4096, 4097, 70_000)
+GROUPS = (7, 8, 9)
+
+
+def ask(actor: Actor, fds: Both[int], option: int, length: int, room: int = -1) -> Both[Told]:
+    """The same call on both transports."""
+    with actor.borrow(fds.unix) as unix, actor.borrow(fds.tcp) as tcp:
+        return Both(
+            *(getsockopt(each, socket.SOL_SOCKET, option, length, room) for each in (unix, tcp))
+        )
+
+
+def accepted_from(stage: Stage, groups: tuple[int, ...]) -> tuple[Actor, Both[int]]:
+    """A server, and what it accepted from somebody in these groups."""
+    server, client = stage.actor(SERVICE), stage.actor(ALICE, groups=groups)
+    listener = stage.listen(server, V4)
+    stage.connect(client, listener)
+    return server, server(steps.accept, listener.fds)
+
+
+def test_both_ends_name_the_other_and_a_listener_itself(stage: Stage, route: Route) -> None:
+    server, client = stage.actor(SERVICE, groups=GROUPS), stage.actor(ALICE, groups=(ALICE, BOB))
+    listener = stage.listen(server, route)
+    ends = stage.connect(client, listener)
+    accepted = server(steps.accept, listener.fds)
+    assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
+    assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
+    with server.borrow(listener.fds.unix) as unix, server.borrow(listener.fds.tcp) as tcp:
+        itself = so_peercred.peer(unix)
+        assert so_peercred.tcp_peer(tcp) == so_peercred.as_told_by_tcp(itself)
+    assert itself[:2] == (server.pid, SERVICE)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_a_buffer_of_any_length_gets_as_much_as_from_a_unix_socket(
+    stage: Stage, length: int
+) -> None:
+    server, accepted = accepted_from(stage, GROUPS)
+    unix, tcp = ask(server, accepted, socket.SO_PEERCRED, length)
+    assert tcp == unix
+
+
+@pytest.mark.parametrize("length", [-1, 0, 12, 64])
+def test_no_buffer_and_no_sensible_length_fail_as_on_a_unix_socket(
+    stage: Stage, length: int
+) -> None:
+    server, accepted = accepted_from(stage, GROUPS)
+    unix, tcp = ask(server, accepted, socket.SO_PEERCRED, length, room=0)
+    assert tcp == unix
+    assert unix.errno or length == 0
+
+
+@pytest.mark.parametrize("length", [12, 13, 16, 128, 4096, 70_000])
+def test_groups_that_fit_are_given_as_by_a_unix_socket(stage: Stage, length: int) -> None:
+    server, accepted = accepted_from(stage, GROUPS)
+    unix, tcp = ask(server, accepted, SO_PEERGROUPS, length)
+    assert tcp == unix
+    assert tcp[:2] == (0, 4 * len(GROUPS))
+
+
+@pytest.mark.parametrize("length", [0, 1, 4, 11])
+def test_groups_that_do_not_fit_are_not_given(stage: Stage, length: int) -> None:
+    server, accepted = accepted_from(stage, GROUPS)
+    unix, tcp = ask(server, accepted, SO_PEERGROUPS, length)
+    assert (unix.errno, unix.length) == (errno.ERANGE, 4 * len(GROUPS))
+    # The kernel lets nobody who makes a call fail say how much it would have taken.
+    assert (tcp.errno, tcp.length) == (errno.ERANGE, length)
+    assert tcp.buffer == unix.buffer
+
+
+def test_as_many_groups_as_are_recorded_are_given(stage: Stage) -> None:
+    server, accepted = accepted_from(stage, tuple(range(1, MAX_GROUPS + 1)))
+    unix, tcp = ask(server, accepted, SO_PEERGROUPS, 4 * MAX_GROUPS)
+    assert tcp == unix
+    assert tcp.errno == 0
+
+
+@pytest.mark.parametrize("groups", [(), tuple(range(1, MAX_GROUPS + 2))], ids=["none", "too many"])
+@pytest.mark.parametrize("length", [0, 4, 4 * MAX_GROUPS, 1024])
+def test_no_groups_and_too_many_are_no_data_and_never_a_part(
+    stage: Stage, groups: tuple[int, ...], length: int
+) -> None:
+    server, accepted = accepted_from(stage, groups)
+    _, tcp = ask(server, accepted, SO_PEERGROUPS, length)
+    assert tcp == Told(errno.ENODATA, length, b"\xa5" * length)
+
+
+def test_a_socket_that_is_no_connections_end_has_no_peer(stage: Stage) -> None:
+    server, client = stage.actor(SERVICE), stage.actor(ALICE)
+    listener = stage.listen(server, V4)
+    ends = client(steps.sockets, V4)
+    assert client(steps.tcp_peer, ends.tcp) == (NOBODY, None)
+    client(steps.connect, ends, listener.addresses)
+    server(steps.accept, listener.fds)
+    assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
+    client(steps.disconnect, ends.tcp)
+    assert client(steps.tcp_peer, ends.tcp) == (NOBODY, None)
+
+
+def test_whoever_holds_the_socket_is_told_the_same(stage: Stage) -> None:
+    server, accepted = accepted_from(stage, GROUPS)
+    with Cgroup() as elsewhere, Origin(elsewhere) as origin:
+        other = origin.actor()
+        (given,) = server.give((accepted.tcp,), to=other)
+        assert other(steps.tcp_peer, given) == server(steps.tcp_peer, accepted.tcp)
+        other.close()
+
+
+def test_a_socket_made_elsewhere_is_not_answered_here(stage: Stage) -> None:
+    with Cgroup() as elsewhere, Origin(elsewhere) as origin:
+        server = origin.actor()
+        client = stage.actor(ALICE)
+        listener = stage.listen(server, V4)
+        stage.connect(client, listener)
+        accepted = server(steps.accept, listener.fds)
+        (given,) = server.give((accepted.tcp,), to=client)
+        assert client(steps.tcp_peer, given) == (NOBODY, None)
+        server.close()
+
+
+def test_the_answer_outlives_client_and_listener(stage: Stage) -> None:
+    server, client = stage.actor(SERVICE), stage.actor(ALICE, groups=GROUPS)
+    listener = stage.listen(server, V4)
+    ends = stage.connect(client, listener)
+    accepted = server(steps.accept, listener.fds)
+    expected = server(steps.peer, accepted.unix)
+    server(steps.close, listener.fds)
+    client(steps.close, ends)
+    pid = client.pid
+    client.close()
+    assert server(steps.tcp_peer, accepted.tcp) == so_peercred.as_told_by_tcp(expected)
+    assert (expected.pid, expected.uid) == (pid, ALICE)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
