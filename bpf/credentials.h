@@ -59,26 +59,29 @@ static __always_inline void read_optional(u64 task, u64 cred, struct credentials
 }
 
 #ifdef OFFSET_task_thread_pid
-/* The numbers of a struct pid, from the initial namespace to its own: what pid_nr_ns()
- * (kernel/pid.c) chooses from when somebody asks. No plain loads: where they are depends
- * on the level. */
+/* One of the numbers of a struct pid, and its namespace's inode number. No plain loads:
+ * where they are depends on the level. */
+static __always_inline int read_number(u64 from, u32 *number, u32 *inode)
+{
+    u64 namespace = 0;
+    return read_kernel(number, sizeof(*number), from + OFFSET_upid_nr) ||
+           read_kernel(&namespace, sizeof(namespace), from + OFFSET_upid_ns) ||
+           read_kernel(inode, sizeof(*inode), namespace + OFFSET_pid_namespace_inum);
+}
+
+/* All of them, from the initial namespace to its own: what pid_nr_ns() (kernel/pid.c)
+ * chooses from when somebody asks. */
 static __always_inline int read_pids(u64 pid, struct credentials *to)
 {
-    u32 level = LOAD(u32, pid, pid_level);
-    u64 number = pid + OFFSET_pid_numbers, namespace = 0;
+    u32 level = LOAD(u32, pid, pid_level), number;
+    u64 numbers = pid + OFFSET_pid_numbers;
 
-    if (read_kernel(&namespace, sizeof(namespace), number + level * SIZE_upid + OFFSET_upid_ns) ||
-        read_kernel(&to->pid_namespace, sizeof(to->pid_namespace),
-                    namespace + OFFSET_pid_namespace_inum))
+    if (read_number(numbers + level * SIZE_upid, &number, &to->pid_namespace))
         return -1;
 #pragma unroll
     for (int i = 0; i < MAX_PID_LEVELS; i++) {
-        if (i >= level)
-            break;
-        number += SIZE_upid;
-        if (read_kernel(&to->pids[2 * i], sizeof(u32), number + OFFSET_upid_nr) ||
-            read_kernel(&namespace, sizeof(namespace), number + OFFSET_upid_ns) ||
-            read_kernel(&to->pids[2 * i + 1], sizeof(u32), namespace + OFFSET_pid_namespace_inum))
+        numbers += SIZE_upid;
+        if (i < level && read_number(numbers, &to->pids[2 * i], &to->pids[2 * i + 1]))
             return -1;
     }
     to->pid_level = level;
