@@ -14,7 +14,7 @@ import click
 from pyroute2 import IPRoute
 from rich.console import Console
 
-from bench import capture, hook_sets, lookups, memory, servers, startup
+from bench import capture, hook_sets, lookups, memory, servers, so_peercred, startup
 from bench.daemon import Daemon, running
 from bench.effort import FULL, QUICK, Effort
 from bench.table import Section, as_json, render
@@ -37,6 +37,7 @@ MEASUREMENTS: dict[str, Callable[[Effort], list[Section]]] = {
     # Only `cgroup` leaves the connections of other cgroups alone.
     "capture": _on_a_daemon(capture.measure, "--hooks", "cgroup"),
     "hook-sets": hook_sets.measure,
+    "so-peercred": _on_a_daemon(so_peercred.measure),
     "lookups": lookups.measure,
     "servers": _on_a_daemon(servers.measure),
     "memory": _on_a_daemon(memory.measure),

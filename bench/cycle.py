@@ -27,13 +27,13 @@ class Cost(NamedTuple):
 
 
 @contextmanager
-def compiled() -> Iterator[Path]:
-    """The program, until it is not needed any more."""
+def compiled(source: Path = SOURCE) -> Iterator[Path]:
+    """A program in C, until it is not needed any more."""
     if shutil.which("gcc") is None:
-        raise click.ClickException("bench/cycle.c needs a compiler; install gcc and libc6-dev")
+        raise click.ClickException(f"{source} needs a compiler; install gcc and libc6-dev")
     with tempfile.TemporaryDirectory() as folder:
-        program = Path(folder) / "cycle"
-        subprocess.run(["gcc", "-O2", "-o", program, SOURCE], check=True)
+        program = Path(folder) / source.stem
+        subprocess.run(["gcc", "-O2", "-o", program, source], check=True)
         yield program
 
 

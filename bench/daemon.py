@@ -69,6 +69,7 @@ def running(*options: str) -> Iterator[Daemon]:
                 *COMMAND,
                 *("--config", "/dev/null", "--group", "root", "--cgroup", str(captured)),
                 *("--pin-dir", str(pin_dir), "--socket", str(path)),
+                *("--so-peercred-state", str(Path(folder) / "so_peercred.json")),
                 *options,
             ],
             stdout=log,

@@ -12,6 +12,9 @@ class Effort(NamedTuple):
     """Connections in one timed stretch."""
     capture_rounds: int = 30
     """Pairs of stretches, bare and captured."""
+    getsockopt_calls: int = 50_000
+    """In one timed stretch."""
+    getsockopt_rounds: int = 60
     open_sockets: tuple[int, ...] = (10, 1_000, 10_000, 50_000)
     seconds_per_method: float = 3.0
     """For one way of looking up, at one number of open sockets."""
@@ -27,6 +30,7 @@ FULL = Effort()
 QUICK = Effort(
     capture_cycles=500,
     capture_rounds=6,
+    getsockopt_rounds=6,
     open_sockets=(10, 1_000),
     seconds_per_method=0.3,
     gone_clients=50,

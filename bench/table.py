@@ -23,6 +23,8 @@ class Unit(Enum):
     def text(self, figure: float) -> str:
         """Write `figure` for people, in the unit that suits its size."""
         match self:
+            case Unit.SECONDS if figure < 1e-6:
+                return f"{figure * 1e9:.3g} ns"
             case Unit.SECONDS if figure < 1e-3:
                 return f"{figure * 1e6:.3g} µs"
             case Unit.SECONDS if figure < 1:

@@ -155,7 +155,7 @@ static __always_inline bool pid_seen_by(u64 task, struct credentials *peer, u32 
         read_kernel(&namespace, 8, pid + OFFSET_pid_numbers + level * SIZE_upid + OFFSET_upid_ns) ||
         read_kernel(&inode, 4, namespace + OFFSET_pid_namespace_inum))
         return false;
-    u32 place = 2 * (level - 1);
+    u64 place = 2 * (u64)(level - 1);
     KEEP(place); /* the verifier must see the bound on this very register */
     if (place > 2 * (MAX_PID_LEVELS - 1))
         return false;
@@ -315,7 +315,7 @@ static __always_inline void give_groups(struct bpf_sockopt *context, struct bpf_
     struct id_map map = {};
     if (is_nested && !read_id_map(namespace + OFFSET_user_namespace_gid_map, &map))
         return;
-    for (u32 i = 0; i < count; i++) {
+    for (u64 i = 0; i < count; i++) {
         KEEP(i); /* the verifier must see the bound on this very register */
         if (i >= MAX_GROUPS || value + i + 1 > end)
             return;

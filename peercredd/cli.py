@@ -335,6 +335,8 @@ def _opt_in(load: Load) -> Iterator[OptIn]:
     try:
         if running := pins.capture(pin_dir):
             about = loader.read_about(running / pins.MAPS)
+            if "so_peercred" not in about:
+                raise _Failure("the capture is an older peercredd's; restart the daemon")
             covered, why_impossible = Path(about["cgroup"]), about["so_peercred"]
         else:
             covered, why_impossible = mounts.cgroup_directory(options.capture.cgroup), ""

@@ -14,6 +14,7 @@ from peercredd import defaults, pins, preemption
 from peercredd.config import Config
 from peercredd.hooks import HOOK_SETS
 from peercredd.mounts import CgroupError, cgroup_directory, mount_points
+from peercredd.so_peercred import OptIn, OptInError
 
 _NEEDED: Final = {"CAP_SYS_ADMIN": 21}
 """Numbers of capabilities(7). For bpf(2), CAP_BPF, CAP_PERFMON and CAP_NET_ADMIN would do;
@@ -60,6 +61,7 @@ def run(config: Config) -> list[Check]:
         lambda: _cgroup(config.capture.cgroup),
         lambda: _bpffs(Path(config.capture.pin_dir)),
         _bcc,
+        lambda: _so_peercred(config),
     ]
     hooks = config.capture.hooks
     with ThreadPoolExecutor(len(checks) + len(HOOK_SETS)) as threads:
@@ -118,6 +120,27 @@ def _bcc() -> Check:
         mend="install python3-bpfcc, and make the environment with "
         "/usr/bin/python3 -m venv --system-site-packages",
     )
+
+
+def _so_peercred(config: Config) -> Check:
+    name = "SO_PEERCRED targets"
+    options = config.so_peercred
+    try:
+        covered = cgroup_directory(config.capture.cgroup)
+        # Whether the kernel takes the program is seen by loading it.
+        opt_in = OptIn(
+            Path(config.capture.pin_dir), Path(options.state), options.cgroups, covered, ""
+        )
+        opt_in.locate()
+        wrong = opt_in.misconfigured()
+    except CgroupError:
+        return Check(name, "unknown", "nothing is captured", "see 'cgroup v2'")
+    except OptInError as error:
+        wrong = str(error)
+    if wrong:
+        detail, _, mend = wrong.partition("; ")
+        return Check(name, "failed", detail, mend)
+    return Check(name, "ok", ", ".join(opt_in.targets()) or "none")
 
 
 def _loadable(hook_set: str, hooks: str) -> Check:

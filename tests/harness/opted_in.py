@@ -1,12 +1,9 @@
-"""A daemon whose configuration says where SO_PEERCRED on TCP works, and its commands."""
+"""A daemon that says where SO_PEERCRED on TCP works, and the commands beside it."""
 
 from __future__ import annotations
 
 import json
 import os
-import select
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -15,10 +12,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from uuid import uuid4
 
-import peercred
 from harness.cgroup import Cgroup
-from harness.daemon import START_SECONDS, STOP_SECONDS
-from harness.patience import CALL_SECONDS, patient
+from harness.daemon import Daemon
+from harness.patience import patient
 from peercredd import loader, pins
 from peercredd.so_peercred import OptIn
 
@@ -30,69 +26,40 @@ class Place:
 
     def __init__(self, cgroup: Cgroup, hook_set: str, folder: Path) -> None:
         self.cgroup = cgroup
+        self.hook_set = hook_set
         self.pin_dir = Path(f"/sys/fs/bpf/peercredd-test-{uuid4().hex[:12]}")
         self.state = folder / "state" / "so_peercred.json"
         self.configuration = folder / "peercredd.toml"
-        self.log = folder / "log"
-        self._address = f"unix:{folder}/sock"
-        self._notify = folder / "notify"
+        self.configure()
+
+    def configure(self, *targets: Path) -> None:
+        """Write what the commands read; the daemon is given all by flags."""
+        cgroups = json.dumps([str(target) for target in targets])
         self.configuration.write_text(
             f"""
-            [capture]
-            cgroup = "{cgroup.path}"
-            hooks = "{hook_set}"
-            pin_dir = "{self.pin_dir}"
-            max_connections = 1000
-            max_pending = 1000
-            [api]
-            socket = "{folder}/sock"
-            group = "root"
-            [so_peercred]
-            state = "{self.state}"
-            [sweep]
-            interval_seconds = 86400
+            capture.pin_dir = "{self.pin_dir}"
+            so_peercred.state = "{self.state}"
+            so_peercred.cgroups = {cgroups}
             """
         )
 
     @contextmanager
-    def daemon(self, *options: str) -> Iterator[subprocess.Popen[bytes]]:
-        """Run a daemon; unless the block ends it, it is stopped with SIGTERM."""
-        self._notify.unlink(missing_ok=True)
-        with (
-            self.log.open("wb") as log,
-            socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notifications,
-        ):
-            notifications.bind(str(self._notify))
-            process = subprocess.Popen(
-                [
-                    *("setpriv", "--pdeathsig", "TERM", "--"),
-                    *(sys.executable, "-m", "peercredd"),
-                    *("--config", str(self.configuration), *options),
-                ],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=log,
-                env=os.environ | {"NOTIFY_SOCKET": str(self._notify)},
-            )
-            try:
-                self._wait_until_ready(process, notifications)
-                yield process
-                if process.poll() is None:
-                    process.send_signal(signal.SIGTERM)
-                    assert process.wait(STOP_SECONDS) == 0, self.log.read_text()
-            finally:
-                process.kill()
-                process.wait()
-
-    def _wait_until_ready(
-        self, process: subprocess.Popen[bytes], notifications: socket.socket
-    ) -> None:
-        with os.fdopen(os.pidfd_open(process.pid)) as ended:
-            changes = select.poll()
-            changes.register(notifications, select.POLLIN)
-            changes.register(ended, select.POLLIN)
-            changed = [fd for fd, _ in changes.poll(START_SECONDS * 1000)]
-        assert notifications.fileno() in changed, self.log.read_text()
+    def daemon(self, *options: str) -> Iterator[Daemon]:
+        """Run a daemon; unless the block ends it, it is stopped."""
+        daemon = Daemon(
+            self.cgroup,
+            self.hook_set,
+            *("--so-peercred-state", str(self.state)),
+            *options,
+            pin_dir=self.pin_dir,
+            so_peercred=False,
+        )
+        try:
+            yield daemon
+            if daemon.process.poll() is None:
+                daemon.close(keeps="--keep" in options)
+        finally:
+            daemon.kill()
 
     def keep_a_capture(self) -> None:
         """Have a capture, and no daemon."""
@@ -138,17 +105,13 @@ class Place:
         targets = [str(target) for target in configured]
         return OptIn(self.pin_dir, self.state, targets, self.cgroup.path, why_not)
 
-    def client(self) -> peercred.Client:
-        """A new client of the daemon that runs."""
-        return peercred.Client(self._address, timeout=CALL_SECONDS)
-
-    def wait_until(self, target: str | Path, *, attached: bool) -> None:
+    def wait_until(self, daemon: Daemon, target: Path | str, *, attached: bool) -> None:
         """Wait until the daemon has seen a change; raises AssertionError."""
         deadline = time.monotonic() + SETTLE_SECONDS
-        with self.client() as client:
+        with daemon.client() as client:
             while not any(
                 each.target == str(target) and each.attached == attached
                 for each in client.status().so_peercred
             ):
-                assert time.monotonic() < deadline, self.log.read_text()
+                assert time.monotonic() < deadline, daemon.log()
                 os.sched_yield()

@@ -7,6 +7,8 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -72,12 +74,12 @@ def test_all_is_the_whole_capture(place: Place, other: Cgroup) -> None:
 def test_a_cgroup_can_be_enabled_and_disabled_while_the_daemon_runs(
     place: Place, named: Cgroup, other: Cgroup
 ) -> None:
-    with place.daemon("--so-peercred", str(other.path)), place.client() as client:
+    with place.daemon("--so-peercred", str(other.path)) as daemon, daemon.client() as client:
         done = place.command("enable", named.path)
         assert (done.returncode, done.stderr) == (0, "")
         assert ask_in(named) == KNOWN
 
-        place.wait_until(named.path, attached=True)
+        place.wait_until(daemon, named.path, attached=True)
         assert [
             (each.target, each.source, each.cgroup, each.attached, each.waiting, each.detail)
             for each in client.status().so_peercred
@@ -138,7 +140,6 @@ def test_a_killed_daemon_leaves_it_answered_and_the_next_one_takes_it_over(
 ) -> None:
     with place.daemon("--so-peercred", str(named.path)) as daemon:
         daemon.kill()
-        daemon.wait()
         assert ask_in(named) == KNOWN
 
     with place.daemon("--so-peercred", str(named.path)):
@@ -151,36 +152,36 @@ def test_a_cgroup_that_is_not_there_yet_is_waited_for_and_made_again_attached_ag
 ) -> None:
     above = place.cgroup.path / "above"
     path = above / "named"
-    with place.daemon("--so-peercred", str(path)), place.client() as client:
+    with place.daemon("--so-peercred", str(path)) as daemon, daemon.client() as client:
         (waiting,) = client.status().so_peercred
         assert (waiting.attached, waiting.waiting) == (False, True)
         assert waiting.detail == "there is no such cgroup"
         for _ in range(3):
             above.mkdir()
             path.mkdir()
-            place.wait_until(path, attached=True)
+            place.wait_until(daemon, path, attached=True)
             assert ask_in(existing(path)) == KNOWN
             path.rmdir()
-            place.wait_until(path, attached=False)
+            place.wait_until(daemon, path, attached=False)
 
             # And where what is above it stays.
             path.mkdir()
-            place.wait_until(path, attached=True)
+            place.wait_until(daemon, path, attached=True)
             assert ask_in(existing(path)) == KNOWN
             path.rmdir()
             above.rmdir()
-            place.wait_until(path, attached=False)
+            place.wait_until(daemon, path, attached=False)
 
 
 def test_a_cgroup_enabled_at_run_time_that_is_made_again_is_attached_again(place: Place) -> None:
     path = place.cgroup.path / "named"
-    with place.daemon():
+    with place.daemon() as daemon:
         path.mkdir()
         assert place.command("enable", path).returncode == 0
         path.rmdir()
-        place.wait_until(path, attached=False)
+        place.wait_until(daemon, path, attached=False)
         path.mkdir()
-        place.wait_until(path, attached=True)
+        place.wait_until(daemon, path, attached=True)
         assert ask_in(existing(path)) == KNOWN
     path.rmdir()
 
@@ -190,6 +191,19 @@ def existing(path: Path) -> Cgroup:
     cgroup = Cgroup.__new__(Cgroup)
     cgroup.path = path
     return cgroup
+
+
+def test_commands_at_the_same_time_do_not_undo_each_other(place: Place) -> None:
+    with ExitStack() as resources:
+        resources.enter_context(place.daemon())
+        cgroups = [resources.enter_context(Cgroup(place.cgroup)) for _ in range(6)]
+        paths = [cgroup.path for cgroup in cgroups]
+        with ThreadPoolExecutor() as threads:
+            for action, expected in (("enable", 1), ("disable", 0)):
+                results = threads.map(place.command, [action] * len(paths), paths)
+                assert {(done.returncode, done.stderr) for done in results} == {(0, "")}
+                assert [attached(cgroup) for cgroup in cgroups] == [expected] * len(cgroups)
+                assert len(place.listed()) == expected * len(cgroups)
 
 
 def test_two_targets_that_mean_one_cgroup_have_one_link_that_stays_until_both_are_gone(
@@ -222,13 +236,13 @@ def test_transient_ends_with_its_cgroup_and_is_not_remembered(place: Place) -> N
 def test_a_link_that_somebody_detached_is_noticed_and_attached_at_the_next_start(
     place: Place, named: Cgroup
 ) -> None:
-    with place.daemon("--keep", "--so-peercred", str(named.path)):
+    with place.daemon("--keep", "--so-peercred", str(named.path)) as daemon:
         pinned = place.pin_dir / pins.CAPTURE / pins.SO_PEERCRED
         (link,) = pinned.iterdir()
         descriptor = get_pinned(link)
         detach_link(descriptor)
         os.close(descriptor)
-        with place.client() as client:
+        with daemon.client() as client:
             (row,) = client.status().so_peercred
             assert not row.attached
 
@@ -290,11 +304,8 @@ def test_without_a_capture_nothing_is_enabled_but_what_was_can_be_disabled(
 def test_what_the_configuration_names_is_not_enabled_or_disabled_by_a_command(
     place: Place, named: Cgroup
 ) -> None:
-    text = place.configuration.read_text()
-    place.configuration.write_text(
-        text.replace("[so_peercred]", f'[so_peercred]\ncgroups = ["{named.path}"]')
-    )
-    with place.daemon():
+    place.configure(named.path)
+    with place.daemon("--so-peercred", str(named.path)):
         assert place.refusal("enable", named.path).startswith(
             f"{named.path}: enabled by the configuration already"
         )
@@ -315,7 +326,7 @@ def test_a_daemon_does_not_start_with_a_target_that_can_never_be(
     place: Place, named: Cgroup, target: str, said: str
 ) -> None:
     with (
-        pytest.raises(AssertionError, match=said.format(named=named.path)),
+        pytest.raises(RuntimeError, match=said.format(named=named.path)),
         place.daemon("--so-peercred", target.format(named=named.path)),
     ):
         pass
@@ -329,7 +340,7 @@ def test_a_broken_list_of_what_is_enabled_is_refused_with_what_mends_it(
     place.state.write_text("nonsense")
 
     with (
-        pytest.raises(AssertionError, match=rf"{place.state} is not .*; remove it"),
+        pytest.raises(RuntimeError, match=rf"{place.state} is not .*; remove it"),
         place.daemon("--so-peercred", str(named.path)),
     ):
         pass
@@ -338,17 +349,17 @@ def test_a_broken_list_of_what_is_enabled_is_refused_with_what_mends_it(
 def test_a_list_that_breaks_while_the_daemon_runs_changes_nothing_and_can_be_mended(
     place: Place, named: Cgroup
 ) -> None:
-    with place.daemon("--so-peercred", str(named.path)), place.client() as client:
+    with place.daemon("--so-peercred", str(named.path)) as daemon, daemon.client() as client:
         place.state.parent.mkdir()
         place.state.write_text("nonsense")
-        place.wait_until(place.state, attached=False)
+        place.wait_until(daemon, place.state, attached=False)
         assert ask_in(named) == KNOWN
         assert f"{place.state} is not" in place.refusal("enable", place.cgroup.path)
         assert len(client.status().so_peercred) == 2
 
         place.state.unlink()
         assert place.command("enable", place.cgroup.path).returncode == 0
-        place.wait_until(place.cgroup.path, attached=True)
+        place.wait_until(daemon, place.cgroup.path, attached=True)
 
 
 def test_a_kernel_that_does_not_take_the_program_is_said_to_be_one(
@@ -409,7 +420,7 @@ def test_a_program_of_others_that_allows_none_beside_it_is_named_as_the_reason(
             )
             assert place.listed() == {}
             assert not place.state.exists()
-        with place.daemon("--so-peercred", str(named.path)), place.client() as client:
+        with place.daemon("--so-peercred", str(named.path)) as daemon, daemon.client() as client:
             (row,) = client.status().so_peercred
             assert not row.attached
             assert "another BPF program" in row.detail

@@ -25,15 +25,16 @@ UNITS = Path("/run/systemd/system")
 # the truth.
 PROGRAM = """
 import os, socket, struct, sys
-with open(sys.argv[1]) as questions:
-    for _ in questions:
-        with socket.create_server(("127.0.0.1", 0)) as listener:
-            with socket.create_connection(listener.getsockname()):
-                with listener.accept()[0] as accepted:
-                    answer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        known = struct.unpack("iII", answer) == (os.getpid(), os.geteuid(), os.getegid())
-        with open(sys.argv[2], "w") as answers:
-            answers.write(str(known))
+while True:
+    with open(sys.argv[1]) as questions:
+        questions.read()
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        with socket.create_connection(listener.getsockname()):
+            with listener.accept()[0] as accepted:
+                answer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+    known = struct.unpack("iII", answer) == (os.getpid(), os.geteuid(), os.getegid())
+    with open(sys.argv[2], "w") as answers:
+        answers.write(str(known))
 """
 
 
@@ -99,17 +100,17 @@ def place(service: Service, hook_set: str, tmp_path: Path) -> Iterator[Place]:
 def test_a_unit_that_does_not_run_yet_is_waited_for_and_every_start_of_it_is_answered(
     place: Place, service: Service
 ) -> None:
-    with place.daemon("--so-peercred", service.name), place.client() as client:
+    with place.daemon("--so-peercred", service.name) as daemon, daemon.client() as client:
         (waiting,) = client.status().so_peercred
         assert (waiting.waiting, waiting.detail) == (True, "it does not run")
         for action in ("start", "restart"):
             systemctl(action, service.name)
-            place.wait_until(service.name, attached=True)
+            place.wait_until(daemon, service.name, attached=True)
             assert_answered(service)
         systemctl("stop", service.name)
-        place.wait_until(service.name, attached=False)
+        place.wait_until(daemon, service.name, attached=False)
         systemctl("start", service.name)
-        place.wait_until(service.name, attached=True)
+        place.wait_until(daemon, service.name, attached=True)
         assert_answered(service)
 
 
@@ -121,7 +122,7 @@ def assert_answered(service: Service) -> None:
 
 
 def test_a_unit_can_be_enabled_while_it_runs_and_no_other(place: Place, service: Service) -> None:
-    with place.daemon():
+    with place.daemon() as daemon:
         assert place.refusal("enable", service.name).startswith(
             f"{service.name}: it does not run; `systemctl start {service.name}`"
         )
@@ -139,7 +140,7 @@ def test_a_unit_can_be_enabled_while_it_runs_and_no_other(place: Place, service:
         assert place.listed() == {service.name: ("enabled", True)}
 
         systemctl("restart", service.name)
-        place.wait_until(service.name, attached=True)
+        place.wait_until(daemon, service.name, attached=True)
         assert_answered(service)
 
         assert place.command("disable", service.name).returncode == 0

@@ -202,6 +202,7 @@ def test_check_without_privilege_says_so_and_does_not_guess_the_rest(peercredd: 
         "cgroup v2",
         "bpffs",
         "BCC importable",
+        "SO_PEERCRED targets",
         "trace loadable",
         "cgroup loadable",
     ]
@@ -218,6 +219,19 @@ def test_check_names_a_cgroup_that_is_none(peercredd: Run, tmp_path: Path) -> No
 
     assert f"failed   cgroup v2             capture.cgroup: {tmp_path} is no" in done.stdout
     assert "mend: name one in /" in done.stdout
+
+
+def test_check_names_a_target_that_can_never_be(peercredd: Run, tmp_path: Path) -> None:
+    done = peercredd("--so-peercred", tmp_path, "check", "--json", prefix=POWERLESS)
+
+    (check,) = (
+        check
+        for check in json.loads(done.stdout)["checks"]
+        if check["name"] == "SO_PEERCRED targets"
+    )
+    assert check["outcome"] == "failed"
+    assert check["detail"].startswith(f"so_peercred.cgroups: {tmp_path} is outside of the captured")
+    assert check["mend"].startswith("name one in it, or ")
 
 
 def test_check_names_a_pin_directory_that_is_on_no_bpffs(peercredd: Run, tmp_path: Path) -> None:
