@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import product
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from harness import getsockopt as others
 from harness import so_peercred, steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
@@ -153,3 +155,24 @@ def test_without_the_program_there_is_no_answer_and_with_it_there_is(
         assert server(steps.tcp_peer, accepted.tcp) == expected
         resources.close()
         assert server(steps.tcp_peer, accepted.tcp) == (so_peercred.NOBODY, None)
+
+
+def test_what_another_program_has_answered_stays(
+    unattached: tuple[Cgroup, Daemon, Origin],
+) -> None:
+    cgroup, daemon, origin = unattached
+    with daemon.client() as client, Stage(origin, client) as stage:
+        server = stage.actor(SERVICE)
+        listener = stage.listen(server, V4)
+        stage.connect(stage.actor(ALICE), listener)
+        accepted = server(steps.accept, listener.fds)
+        with (
+            others.others_program(others.NAME_ANOTHER) as program,
+            others.linked(program, cgroup),
+            attached(cgroup, daemon.pin_dir),
+            server.borrow(accepted.tcp) as sock,
+        ):
+            theirs = so_peercred.NOBODY._replace(pid=others.OTHERS_PID)
+            assert so_peercred.credentials(sock) == theirs
+            short = getsockopt(sock, socket.SOL_SOCKET, socket.SO_PEERCRED, 4)
+            assert int.from_bytes(short.buffer, sys.byteorder) == others.OTHERS_PID

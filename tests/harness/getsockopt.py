@@ -22,17 +22,35 @@ ALONE, ALLOW_MULTI = 0, 2
 
 _MOST_PROGRAMS = 64
 
-# SO_PRIORITY is refused, all else passes. In struct bpf_sockopt the option is at offset 28.
-_REFUSE_PRIORITY = b"".join(
-    struct.pack("=BBhi", *instruction)
-    for instruction in (
-        (0x61, 0x12, 28, 0),  # r2 = context->optname
-        (0xB7, 0x00, 0, 1),  # r0 = 1
-        (0x55, 0x02, 1, 12),  # if r2 != SO_PRIORITY skip one
-        (0xB7, 0x00, 0, 0),  # r0 = 0
-        (0x95, 0x00, 0, 0),  # return r0
-    )
+
+def _assembled(*instructions: tuple[int, int, int, int]) -> bytes:
+    return b"".join(struct.pack("=BBhi", *each) for each in instructions)
+
+
+# In struct bpf_sockopt optval is at offset 8, optval_end at 16, the option at 28.
+REFUSE_PRIORITY = _assembled(
+    (0x61, 0x12, 28, 0),  # r2 = context->optname
+    (0xB7, 0x00, 0, 1),  # r0 = 1
+    (0x55, 0x02, 1, 12),  # if r2 != SO_PRIORITY skip one
+    (0xB7, 0x00, 0, 0),  # r0 = 0
+    (0x95, 0x00, 0, 0),  # return r0
 )
+"""SO_PRIORITY is refused, all else passes."""
+
+OTHERS_PID = 4242
+NAME_ANOTHER = _assembled(
+    (0xB7, 0x00, 0, 1),  # r0 = 1
+    (0x61, 0x12, 28, 0),  # r2 = context->optname
+    (0x55, 0x02, 6, 17),  # if r2 != SO_PEERCRED skip all
+    (0x79, 0x13, 8, 0),  # r3 = context->optval
+    (0x79, 0x14, 16, 0),  # r4 = context->optval_end
+    (0xBF, 0x35, 0, 0),  # r5 = r3
+    (0x07, 0x05, 0, 4),  # r5 += 4
+    (0x2D, 0x45, 1, 0),  # if r5 > r4 skip one
+    (0x62, 0x03, 0, OTHERS_PID),  # *r3 = OTHERS_PID
+    (0x95, 0x00, 0, 0),  # return r0
+)
+"""SO_PEERCRED is answered with a pid."""
 
 _ASK = """
 import json, os, socket, struct, sys
@@ -96,15 +114,15 @@ def attached(cgroup: Cgroup) -> int:
 
 
 @contextmanager
-def others_program() -> Iterator[int]:
-    """Somebody else's program behind getsockopt(2), loaded: it refuses SO_PRIORITY."""
+def others_program(instructions: bytes = REFUSE_PRIORITY) -> Iterator[int]:
+    """Somebody else's program behind getsockopt(2), loaded."""
     options = _LoadOptions(ctypes.sizeof(_LoadOptions), 0, SO_PEERCRED.attach_type)
     program = library().bpf_prog_load(
         SO_PEERCRED.program_type,
         b"other",
         b"MIT",
-        _REFUSE_PRIORITY,
-        ctypes.c_size_t(len(_REFUSE_PRIORITY) // 8),
+        instructions,
+        ctypes.c_size_t(len(instructions) // 8),
         ctypes.byref(options),
     )
     check(program, "load a program")
