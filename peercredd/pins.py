@@ -117,6 +117,16 @@ def capture(pin_dir: Path) -> Path | None:
 
 
 def _dismantle(folder: Path) -> None:
+    directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        # Whoever attaches for SO_PEERCRED on TCP holds this lock meanwhile.
+        fcntl.flock(directory, fcntl.LOCK_EX)
+        _take_apart(folder)
+    finally:
+        os.close(directory)
+
+
+def _take_apart(folder: Path) -> None:
     # Detach first: while one program is gone and others stay, records could be
     # made that nothing retires, and read; so the maps go last.
     for part in _PARTS:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import random
 import subprocess
 import sys
 import textwrap
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -22,6 +24,7 @@ from harness import programs, steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
+from harness.patience import patient
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, BOB, SERVICE
@@ -83,6 +86,17 @@ class Place:
         programs.wait_until_attached(self.table_size, 0)
 
 
+def wait_until_somebody_waits_for(folder: Path) -> None:
+    """Until another process wants the flock(2) of a folder; /proc/locks marks it with an arrow."""
+    inode = f":{folder.stat().st_ino} "
+    deadline = time.monotonic() + patient(30)
+    while not any(
+        "->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()
+    ):
+        assert time.monotonic() < deadline, "nobody waits"
+        os.sched_yield()
+
+
 @pytest.fixture
 def place(hook_set: str) -> Iterator[Place]:
     with Cgroup() as cgroup:
@@ -132,6 +146,21 @@ def test_keep_leaves_the_capture_and_unload_ends_it(place: Place) -> None:
     place.unload()
     place.assert_nothing_attached()
     assert not place.pin_dir.exists()
+
+
+def test_a_capture_is_not_taken_apart_while_somebody_attaches_to_a_cgroup(place: Place) -> None:
+    with pins.hold(place.pin_dir):
+        assert place.load().returncode == 0
+    capture_folder = place.pin_dir / pins.CAPTURE
+    descriptor = os.open(capture_folder, os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)
+    command = [sys.executable, "-m", "peercredd", "--pin-dir", str(place.pin_dir), "unload"]
+    with subprocess.Popen(command) as unloading:
+        wait_until_somebody_waits_for(capture_folder)
+        place.assert_attached_once(besides=0)
+        os.close(descriptor)
+    assert unloading.returncode == 0
+    place.assert_nothing_attached()
 
 
 def test_unload_ends_the_capture_of_a_daemon_that_was_killed(place: Place) -> None:

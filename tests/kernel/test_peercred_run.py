@@ -18,7 +18,8 @@ from harness.cgroup import Cgroup
 from harness.opted_in import SETTLE_SECONDS, Place
 from peercredd import pins
 
-pytestmark = pytest.mark.kernel
+# What is attached, and where, has nothing to do with the hook set; and a virtual machine is slow.
+pytestmark = [pytest.mark.kernel, pytest.mark.hook_sets("cgroup")]
 
 JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 
