@@ -18,6 +18,7 @@
 #define TCP_FIN_WAIT2_STATE 5
 #define TCP_CLOSE_STATE 7
 #define TCP_CLOSE_WAIT_STATE 8
+#define TCP_LISTEN_STATE 10
 
 static __always_inline void count_drop(enum drop reason)
 {
@@ -324,6 +325,9 @@ static __always_inline void connect(u64 socket, void *storage)
     connecting.sk_storage_delete(storage);
     if (!(LOAD(u8, socket, tcp_fastopen_connect) & MASK_tcp_fastopen_connect))
         return;
+    /* Nor does it get to publish before that: until then it must not name an old peer. */
+    u64 cookie = LOAD(u64, socket, sock_cookie);
+    wipe(storage, cookie, cookie != 0);
     struct credentials client = {};
     enum drop reason = read_credentials(&client);
     if (reason != DROP_NONE)

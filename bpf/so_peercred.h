@@ -11,7 +11,6 @@
 #define SO_PEERCRED 17
 #define SO_PEERGROUPS 59
 #define IPPROTO_MPTCP 262
-#define TCP_LISTEN_STATE 10
 #define ERANGE 34
 #define ENODATA 61
 #define MAX_BASE_EXTENTS 5 /* UID_GID_MAP_MAX_BASE_EXTENTS */
@@ -328,6 +327,13 @@ static __always_inline void give_groups(struct bpf_sockopt *context, struct bpf_
     set_return_value(0);
 }
 
+/* A socket that was disconnected has no port there, and one that connects has no peer yet. */
+static __always_inline bool has_peer(struct bpf_sock *socket)
+{
+    return socket->state == TCP_LISTEN_STATE ||
+           (socket->dst_port && socket->state != TCP_SYN_SENT_STATE);
+}
+
 int so_peercred_getsockopt(struct bpf_sockopt *context)
 {
     u32 level = context->level;
@@ -337,7 +343,8 @@ int so_peercred_getsockopt(struct bpf_sockopt *context)
     if (level == SOL_SOCKET && (option == SO_PEERCRED || option == SO_PEERGROUPS)) {
         struct bpf_sock *socket = context->sk;
         KEEP(socket);
-        if (!socket || (socket->protocol != IPPROTO_TCP && socket->protocol != IPPROTO_MPTCP))
+        if (!socket || (socket->protocol != IPPROTO_TCP && socket->protocol != IPPROTO_MPTCP) ||
+            !has_peer(socket))
             return 1;
         if (option == SO_PEERCRED)
             give_credentials(context, socket);

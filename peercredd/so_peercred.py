@@ -18,6 +18,7 @@ import errno
 import fcntl
 import json
 import os
+import stat
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
@@ -355,7 +356,7 @@ class OptIn:
             raise OptInError(
                 f"{folder} cannot be made: {error.strerror}; choose another --so-peercred-state"
             ) from error
-        with _locked(folder):
+        with _locked_file(self._state.with_name(f"{self._state.name}.lock")):
             yield read_state(self._state)
 
     def _no_capture(self) -> str:
@@ -376,13 +377,17 @@ def read_state(path: Path) -> list[str]:
     """
     mend = "remove it and enable again what you want, or choose another --so-peercred-state"
     try:
-        document = json.loads(path.read_text())
+        # Whatever else it is, opening it must not wait.
+        with open(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                raise ValueError
+            document = json.load(stream)
         enabled = [*document["targets"]]
     except FileNotFoundError:
         return []
     except OSError as error:
         raise OptInError(f"{path} cannot be read: {error.strerror}; mend that") from error
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         raise OptInError(f'{path} is not {{"targets": [...]}}; {mend}') from None
     if all(isinstance(each, str) and targets.is_valid(each) for each in enabled):
         return enabled
@@ -390,7 +395,7 @@ def read_state(path: Path) -> list[str]:
 
 
 def write_state(path: Path, enabled: Sequence[str]) -> None:
-    """Replace the list of what is enabled, whose folder the caller has locked.
+    """Replace the list of what is enabled, for which the caller has the lock.
 
     Whoever reads it, and be it after a crash, sees the old one or the new one.
 
@@ -463,6 +468,26 @@ def _opened(descriptor: int) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+
+
+@contextmanager
+def _locked_file(path: Path) -> Iterator[None]:
+    """Keep others who do the same out; it is there for that, and only root can open it.
+
+    Raises:
+        OptInError: it cannot be made.
+    """
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+    try:
+        lock = os.open(path, flags, 0o600)
+    except OSError as error:
+        raise OptInError(
+            f"{path} cannot be made: {error.strerror}; mend that, or choose another "
+            "--so-peercred-state"
+        ) from error
+    with _opened(lock):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 @contextmanager

@@ -18,7 +18,7 @@ ALL: Final = "all"
 """Every cgroup that the capture covers."""
 
 PATTERN: Final = (
-    r"\A(all|/[^\x00-\x1f\ud800-\udfff]*"
+    r"\A(all|/[^\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]*"
     r"|[A-Za-z0-9:_.\\@-]*[A-Za-z0-9:_.\\-]\.(service|socket|slice|scope))\Z"
 )
 """A unit is named as systemd.unit(5) allows; ``name@.service`` alone is none yet."""
@@ -73,17 +73,18 @@ def locate(target: str, covered: Path) -> Place:
     if target == ALL:
         return Place(covered, f"{covered} is gone; restart the daemon")
     if target.startswith("/"):
-        directory = Path(os.path.normpath(target))
+        # What a symbolic link leads to: that is where a cgroup comes and goes.
+        directory = Path(os.path.realpath(target))
         absence = "there is no such cgroup; make it, or name it in the configuration to wait for it"
     else:
         directory, absence = _unit(target)
-    if not directory.resolve().is_relative_to(covered.resolve()):
+    if not directory.is_relative_to(os.path.realpath(covered)):
         what = target if target.startswith("/") else f"{target} ({directory})"
         raise TargetError(
             f"{what} is outside of the captured cgroup {covered}; name one in it, or have the "
             "daemon capture more with --cgroup"
         )
-    if directory.exists() and not is_cgroup(directory):
+    if os.path.lexists(directory) and not is_cgroup(directory):
         raise TargetError(f"{target} is no cgroup v2 directory; name one in {covered}")
     return Place(directory, absence)
 
@@ -101,7 +102,8 @@ def running_units(beginning: str) -> list[str]:
 
 def is_cgroup(directory: Path) -> bool:
     """Whether a cgroup v2 is there now."""
-    return (directory / "cgroup.controllers").exists()
+    # Path.exists() raises where the path is too long.
+    return os.path.exists(directory / "cgroup.controllers")  # noqa: PTH110
 
 
 def cgroup_of(number: int, hierarchy: Path) -> Path | None:

@@ -16,6 +16,8 @@ from harness.steps import Both, Route
 from harness.users import ALICE, BOB, CAROL, DAVE, GAMES, SERVICE, STAFF
 from peercred import NotFound
 
+TCP_FASTOPEN_NO_COOKIE = 34
+
 pytestmark = pytest.mark.kernel
 
 
@@ -306,6 +308,29 @@ def test_a_disconnected_socket_connected_anew_is_the_new_users(stage: Stage, rou
     assert stage.peer(second_server, second_accepted)[:2] == (bob.pid, BOB)
     assert stage.peer(bob, theirs)[:2] == (second_server.pid, CAROL)
     assert stage.peer(server, accepted)[:2] == (client.pid, ALICE)
+
+
+@pytest.mark.parametrize("end", ["client", "server"])
+def test_a_socket_used_again_has_no_peer_before_its_deferred_connect_is_sent(
+    stage: Stage, end: str
+) -> None:
+    server, client, new = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(BOB)
+    listener, elsewhere = stage.listen(server, V4), stage.listen(new, V4)
+    ends = stage.connect(client, listener)
+    accepted = server(steps.accept, listener.fds)
+    sides = [(client, ends.tcp), (server, accepted.tcp)]
+    (other, other_fd), (actor, fd) = sides if end == "server" else reversed(sides)
+    other(steps.shutdown, other_fd, socket.SHUT_WR)
+    actor(steps.shutdown, fd, socket.SHUT_WR)
+    actor(steps.wait_until_closed, fd)
+    actor(steps.disconnect, fd)
+
+    with actor.borrow(fd) as sock:
+        sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
+    actor(steps.defer, fd, elsewhere.addresses.tcp)
+    assert stage.refusal(actor, fd)
+    actor(steps.write, (fd,))
+    assert actor(steps.tcp_peer, fd)[0] == (new.pid, BOB, BOB)
 
 
 def test_an_accepted_socket_that_was_disconnected_has_no_peer(stage: Stage, route: Route) -> None:

@@ -334,17 +334,36 @@ def test_a_daemon_does_not_start_with_a_target_that_can_never_be(
     assert not place.pin_dir.exists()
 
 
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda state: state.write_text("nonsense"),
+        lambda state: state.write_text("[" * 100_000),
+        os.mkfifo,
+    ],
+    ids=["nonsense", "without end", "fifo"],
+)
 def test_a_broken_list_of_what_is_enabled_is_refused_with_what_mends_it(
-    place: Place, named: Cgroup
+    place: Place, named: Cgroup, spoil: Callable[[Path], object]
 ) -> None:
     place.state.parent.mkdir()
-    place.state.write_text("nonsense")
+    spoil(place.state)
 
     with (
         pytest.raises(RuntimeError, match=rf"{place.state} is not .*; remove it"),
         place.daemon("--so-peercred", str(named.path)),
     ):
         pass
+
+
+def test_nobody_but_root_can_keep_others_from_changing_what_is_enabled(
+    place: Place, named: Cgroup
+) -> None:
+    with place.daemon():
+        assert place.command("enable", named.path).returncode == 0
+    for file in place.state.parent.iterdir():
+        if file != place.state:  # which nobody locks
+            assert file.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_list_that_breaks_while_the_daemon_runs_changes_nothing_and_can_be_mended(

@@ -83,6 +83,8 @@ def test_a_target_is_all_a_path_or_a_unit_that_has_processes(target: str) -> Non
         "a b.service",
         "a.service\n",
         "/a\nb",
+        "/a\x9bb",
+        "/a\u2028b",
         "/\udcff",
         "../a.service",
         "--property=x.service/",
@@ -209,3 +211,18 @@ def test_a_systemd_that_does_not_answer_is_no_statement_about_the_unit(
 
     with pytest.raises(NotKnownNow, match=f"a.service: {re.escape(said)}; "):
         locate("a.service", hierarchy)
+
+
+def test_a_symbolic_link_is_the_cgroup_that_it_leads_to(hierarchy: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(hierarchy / "later")
+    assert locate(str(tmp_path / "link"), hierarchy).directory == hierarchy / "later"
+
+
+@pytest.mark.parametrize("name", ["loop", "a" * 300, "a/" * 3000])
+def test_a_path_that_leads_nowhere_is_no_cgroup_of_the_capture(
+    hierarchy: Path, tmp_path: Path, name: str
+) -> None:
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    with pytest.raises(TargetError, match="outside of the captured cgroup"):
+        locate(str(tmp_path / name), hierarchy)
+    assert not targets.is_cgroup(tmp_path / name)

@@ -67,6 +67,8 @@ def run(context: click.Context, config: str | None, command: tuple[str, ...]) ->
     """
     if os.geteuid():
         raise RunError("only root can make a cgroup and attach to it; run it with sudo")
+    # Who started this may have ignored it: then no child could be waited for.
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     # Until all is cleared away no signal ends this process.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SENT_ON | {signal.SIGCHLD})
     with _cgroup(config) as cgroup:
@@ -120,6 +122,8 @@ def _done_at_the_end(work: Callable[[], None]) -> Iterator[None]:
 
 
 def _clear_away(cgroup: Path, config: str | None) -> None:
+    if not cgroup.exists():  # the command has left and removed it
+        return
     (cgroup / "cgroup.kill").write_text("1")
     with open(cgroup / "cgroup.events", "rb", buffering=0) as events:
         changes = select.poll()
@@ -187,8 +191,8 @@ def _become(command: tuple[str, ...], cgroup: Path, mask: set[int | signal.Signa
         os.execvp(command[0], command)
     except FileNotFoundError:
         code = NOT_FOUND
-        print(f"peercred: {escape(command[0])}: no such command", file=sys.stderr)
+        print(f"peercred: '{escape(command[0])}': no such command", file=sys.stderr)
     except OSError as error:
-        print(f"peercred: {escape(command[0])} cannot be run: {error.strerror}", file=sys.stderr)
+        print(f"peercred: '{escape(command[0])}' cannot be run: {error.strerror}", file=sys.stderr)
     finally:
         os._exit(code)
