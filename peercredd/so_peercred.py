@@ -194,17 +194,23 @@ class OptIn:
             raise OptInError(f"{target}: enabled by the configuration already; nothing to do")
         self._require_capture()
         directory = self._existing(target)
-        with self._changing_state() as enabled:
-            if target in enabled:
-                raise OptInError(f"{target}: enabled already; nothing to do")
+        with (
+            self._changing_state() as enabled,
             # Attached first, as the kernel may refuse it; pinned last, as a pin lasts.
-            with self._capture() as capture, self._attached(capture, directory) as link:
-                write_state(self._state, [*enabled, target])
-                try:
-                    _pin(link, capture, "enabled")
-                except OptInError:
-                    write_state(self._state, enabled)
-                    raise
+            self._capture() as capture,
+            self._attached(capture, directory) as link,
+        ):
+            if target in enabled:
+                # Whoever asked for it may have been killed while no daemon ran.
+                if not _pin(link, capture, "enabled"):
+                    raise OptInError(f"{target}: enabled already; nothing to do")
+                return directory
+            write_state(self._state, [*enabled, target])
+            try:
+                _pin(link, capture, "enabled")
+            except OptInError:
+                write_state(self._state, enabled)
+                raise
         return directory
 
     def disable(self, target: str) -> None:

@@ -523,6 +523,9 @@ def test_killed_at_any_step_of_enable_it_is_enabled_or_not_and_nothing_is_hidden
         left = rows(place.opt_in())
         assert left in ({}, {target: ("enabled", False)}, {target: ("enabled", True)})
         assert attached(named) == (left.get(target) == ("enabled", True))
+        if left == {target: ("enabled", False)}:
+            place.opt_in().enable(target)
+            assert attached(named) == 1
         settled = settle(place.opt_in())
         assert settled == (dict.fromkeys(left, ("enabled", True)))
         assert attached(named) == len(settled)
