@@ -391,6 +391,16 @@ static __always_inline void inherit_absence(u64 server_cookie, struct tuple *tup
         note_absence_of(mixed(0, server_cookie), reason);
 }
 
+/* A child that gets no record must not have another's: the cgroup hook of listen() runs
+ * when children can be born already, and the first may have inherited what their listener
+ * was before, an accepted socket for instance. */
+static __always_inline void disinherit(void *storage)
+{
+    struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
+    if (server && server->role == ROLE_CHILD)
+        server_sockets.sk_storage_delete(storage);
+}
+
 /* Fills the record of a new server socket, all but the time that makes it valid.
  * DROP_NONE, or why it must go again. */
 static __always_inline enum drop fill(struct connection *record, struct pending *entry,
@@ -444,12 +454,14 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     read_tuple(socket, false, &tuple);
     struct pending *entry = pending.lookup(&tuple);
     if (!entry) {
+        disinherit(storage);
         forget_tuple(&tuple);
         inherit_absence(server_cookie, &tuple);
         return false;
     }
     u32 initial_sequence = LOAD(u32, socket, tcp_rcv_nxt) - 1;
     if (entry->initial_sequence != initial_sequence) {
+        disinherit(storage);
         forget_tuple(&tuple);
         drop_record(DROP_OTHER_SYN, 0, server_cookie, &tuple);
         return false;
@@ -491,6 +503,7 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     return true;
 
 dropped:
+    disinherit(storage);
     pending.delete(&tuple);
     forget_tuple(&tuple);
     drop_record(reason, client_cookie, server_cookie, &tuple);

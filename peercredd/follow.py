@@ -47,6 +47,9 @@ async def _follow(opt_in: OptIn, changes: Changes, rows: list[Row]) -> None:
                 newer, rows = await _settled(opt_in, rows)
             except OptInError as error:
                 log.error(f"SO_PEERCRED on TCP stays as it is until the next change: {error}")
+            except Exception:
+                # Whatever it is, what comes later is to be followed.
+                log.exception("SO_PEERCRED on TCP stays as it is until the next change")
             else:
                 changes.close()
                 changes = newer

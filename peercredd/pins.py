@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -31,6 +32,8 @@ PROGRAMS = "programs"
 SO_PEERCRED = "so_peercred"
 _PARTS = (SO_PEERCRED, LINKS, PROGRAMS, MAPS)
 _STAGING = "staging-"
+_LOCK_SECONDS = 60.0
+_LOCK_RETRY_SECONDS = 0.01
 
 
 class Held(Exception):  # noqa: N818 - names a state
@@ -69,6 +72,28 @@ def hold(pin_dir: Path) -> Iterator[None]:
             os.close(directory)
         # Its last owner removed it between open and lock.
         _make(pin_dir)
+
+
+def lock(descriptor: int, path: Path) -> None:
+    """Take the flock(2) of an open file or folder; it goes with the descriptor.
+
+    Raises:
+        KernelError: another process keeps it for a minute.
+    """
+    deadline = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            if time.monotonic() > deadline:
+                raise KernelError(
+                    errno.EAGAIN,
+                    f"{path} is locked by another process; let that go on or end it (`lslocks` "
+                    "names it), and try again",
+                ) from error
+            time.sleep(_LOCK_RETRY_SECONDS)  # flock(2) knows no timeout
+        else:
+            return
 
 
 def remove(pin_dir: Path, *, keep_capture: bool = False) -> bool:
@@ -120,7 +145,7 @@ def _dismantle(folder: Path) -> None:
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         # Whoever attaches for SO_PEERCRED on TCP holds this lock meanwhile.
-        fcntl.flock(directory, fcntl.LOCK_EX)
+        lock(directory, folder)
         _take_apart(folder)
     finally:
         os.close(directory)

@@ -15,7 +15,6 @@ that is not seen here. `OptIn.reconcile` makes the pins what is asked for.
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import stat
@@ -419,6 +418,7 @@ def write_state(path: Path, enabled: Sequence[str]) -> None:
         with _opened(os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)) as folder:
             os.fsync(folder)
     except OSError as error:
+        new.unlink(missing_ok=True)
         raise OptInError(
             f"{path} cannot be written: {error.strerror}; mend that, or choose another "
             "--so-peercred-state"
@@ -429,8 +429,9 @@ def _pinned(capture: Path) -> Iterator[_Pinned]:
     with suppress(FileNotFoundError):
         for path in sorted((capture / pins.SO_PEERCRED).iterdir()):
             prefix, dash, number = path.name.rpartition("-")
-            holder = next(each for each, named in _PREFIXES.items() if named == prefix + dash)
-            yield _Pinned(path, holder, int(number))
+            for holder, named in _PREFIXES.items():
+                if named == prefix + dash and number.isdecimal():
+                    yield _Pinned(path, holder, int(number))
 
 
 def _pin(link: int, capture: Path, holder: Holder) -> bool:
@@ -476,6 +477,13 @@ def _opened(descriptor: int) -> Iterator[int]:
         os.close(descriptor)
 
 
+def _take(descriptor: int, path: Path) -> None:
+    try:
+        pins.lock(descriptor, path)
+    except KernelError as error:
+        raise OptInError(str(error.strerror)) from error
+
+
 @contextmanager
 def _locked_file(path: Path) -> Iterator[None]:
     """Keep others who do the same out; it is there for that, and only root can open it.
@@ -492,7 +500,7 @@ def _locked_file(path: Path) -> Iterator[None]:
             "--so-peercred-state"
         ) from error
     with _opened(lock):
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        _take(lock, path)
         yield
 
 
@@ -507,7 +515,7 @@ def _locked(folder: Path) -> Iterator[None]:
         try:
             directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             resources.enter_context(_opened(directory))
-            fcntl.flock(directory, fcntl.LOCK_EX)
+            _take(directory, folder)
             is_still_there = os.path.samestat(os.fstat(directory), folder.stat())
         except FileNotFoundError:
             is_still_there = False

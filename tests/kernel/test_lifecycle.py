@@ -86,15 +86,22 @@ class Place:
         programs.wait_until_attached(self.table_size, 0)
 
 
-def wait_until_somebody_waits_for(folder: Path) -> None:
-    """Until another process wants the flock(2) of a folder; /proc/locks marks it with an arrow."""
-    inode = f":{folder.stat().st_ino} "
+def wait_until_it_retries(process: subprocess.Popen[bytes], folder: Path) -> None:
+    """Wait until a process has opened a folder and gone to sleep again and again since."""
+    entries = Path(f"/proc/{process.pid}")
     deadline = time.monotonic() + patient(30)
-    while not any(
-        "->" in line and inode in line for line in Path("/proc/locks").read_text().splitlines()
-    ):
-        assert time.monotonic() < deadline, "nobody waits"
-        os.sched_yield()
+    sleeps: list[str] = []
+    while len(sleeps) < 20:
+        assert time.monotonic() < deadline, "it does not wait"
+        assert process.poll() is None, "it has not waited"
+        (count,) = (
+            line
+            for line in (entries / "status").read_text().splitlines()
+            if line.startswith("voluntary_ctxt_switches")
+        )
+        opened = [os.path.realpath(link) for link in (entries / "fd").iterdir()]
+        if str(folder) in opened and count not in sleeps:
+            sleeps.append(count)
 
 
 @pytest.fixture
@@ -156,7 +163,7 @@ def test_a_capture_is_not_taken_apart_while_somebody_attaches_to_a_cgroup(place:
     fcntl.flock(descriptor, fcntl.LOCK_EX)
     command = [sys.executable, "-m", "peercredd", "--pin-dir", str(place.pin_dir), "unload"]
     with subprocess.Popen(command) as unloading:
-        wait_until_somebody_waits_for(capture_folder)
+        wait_until_it_retries(unloading, capture_folder)
         place.assert_attached_once(besides=0)
         os.close(descriptor)
     assert unloading.returncode == 0

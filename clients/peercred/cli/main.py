@@ -86,7 +86,8 @@ def main() -> None:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         code = _run(sys.argv[1:])
-        sys.stdout.flush()
+        if sys.stdout:  # there is none where it was closed
+            sys.stdout.flush()
     except OSError as error:
         print(f"peercred: the answer cannot be written: {error.strerror}", file=sys.stderr)
         # At a regular exit the interpreter would try to write it once more.

@@ -107,10 +107,7 @@ def _done_at_the_end(work: Callable[[], None]) -> Iterator[None]:
             os.setsid()
             os.close(writer)
             os.read(reader, 1)  # which nobody writes: it ends when the other end is closed
-            work()
-            code = 0
-        except OSError as error:
-            print(f"peercred: {error.filename} is left: {error.strerror}", file=sys.stderr)
+            code = _try(work)
         finally:
             os._exit(code)
     os.close(reader)
@@ -118,7 +115,18 @@ def _done_at_the_end(work: Callable[[], None]) -> Iterator[None]:
         yield
     finally:
         os.close(writer)
-        os.waitpid(guard, 0)
+        if os.WIFSIGNALED(os.waitpid(guard, 0)[1]):
+            _try(work)
+
+
+def _try(work: Callable[[], None]) -> int:
+    """Exit code of work whose failure is told."""
+    try:
+        work()
+    except OSError as error:
+        print(f"peercred: {error.filename} is left: {error.strerror}", file=sys.stderr)
+        return OWN_FAILURE
+    return 0
 
 
 def _clear_away(cgroup: Path, config: str | None) -> None:
@@ -192,6 +200,8 @@ def _become(command: tuple[str, ...], cgroup: Path, mask: set[int | signal.Signa
     except FileNotFoundError:
         code = NOT_FOUND
         print(f"peercred: '{escape(command[0])}': no such command", file=sys.stderr)
+    except ValueError:
+        print("peercred: an empty name is no command", file=sys.stderr)
     except OSError as error:
         print(f"peercred: '{escape(command[0])}' cannot be run: {error.strerror}", file=sys.stderr)
     finally:
