@@ -329,7 +329,8 @@ def test_a_socket_used_again_has_no_peer_before_its_deferred_connect_is_sent(
         sock.setsockopt(socket.IPPROTO_TCP, TCP_FASTOPEN_NO_COOKIE, 1)
     actor(steps.defer, fd, elsewhere.addresses.tcp)
     assert stage.refusal(actor, fd)
-    actor(steps.write, (fd,))
+    with actor.borrow(fd) as sock:
+        sock.sendall(b"x")
     assert actor(steps.tcp_peer, fd)[0] == (new.pid, BOB, BOB)
 
 
