@@ -5,10 +5,12 @@ from __future__ import annotations
 import resource
 import signal
 from collections.abc import Generator, Iterator
+from pathlib import Path
 
 import pytest
 
 import peercred
+from harness import set_user_id
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
@@ -165,6 +167,13 @@ def stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[S
     """A scenario of this test's own, that has to leave no record behind."""
     with Stage(origin, client) as stage:
         yield stage
+
+
+@pytest.fixture
+def setuid_folder() -> Iterator[Path]:
+    """A folder all may enter, where set-user-ID bits count."""
+    with set_user_id.open_folder() as folder:
+        yield folder
 
 
 @pytest.fixture(scope="session")

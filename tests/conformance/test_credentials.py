@@ -1,11 +1,8 @@
 from __future__ import annotations
 
 import os
-import shutil
 import threading
-from collections.abc import Iterator
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -14,6 +11,7 @@ from harness.actor_process import go_on_in_second_thread
 from harness.actors import PYTHON, Actor
 from harness.requirements import cannot_run
 from harness.routes import V4
+from harness.set_user_id import set_user_id_copy
 from harness.so_peercred import MAX_GROUPS, Peer
 from harness.stage import Stage
 from harness.steps import Route
@@ -23,26 +21,6 @@ from harness.users import ALICE, BOB, CAROL, DAVE, GAMES, SERVICE, STAFF
 pytestmark = pytest.mark.kernel
 
 LARGEST_ID = 2**32 - 2
-
-
-@pytest.fixture
-def setuid_folder() -> Iterator[Path]:
-    """A folder all may enter, where set-user-ID bits count."""
-    for parent in ("/tmp", "/var/tmp", "/root"):
-        if not os.statvfs(parent).f_flag & os.ST_NOSUID:
-            with TemporaryDirectory(dir=parent, prefix="peercredd-test-") as folder:
-                Path(folder).chmod(0o755)
-                yield Path(folder)
-            return
-    cannot_run("every temporary folder is mounted nosuid: mount one without")
-
-
-def set_user_id_copy(program: str, folder: Path, uid: int) -> Path:
-    copy = folder / f"{Path(program).name}-{uid}"
-    shutil.copy(program, copy)
-    os.chown(copy, uid, uid)
-    copy.chmod(0o6755)
-    return copy
 
 
 def become_root_of_user_namespace(actor: Actor, uid: int) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from harness.channel import Descriptor, receive, send
-from harness.syscalls import syscall
+from harness.syscalls import fork_with_pid, syscall
 
 _BOOT = (
     "import sys; sys.path.insert(0, sys.argv[1]);"
@@ -53,12 +53,12 @@ def serve(control: socket.socket) -> NoReturn:
         send(control, answer)
 
 
-def fork(control: Descriptor) -> None:
+def fork(control: Descriptor, wanted: int = 0) -> None:
     """Fork a process that says its pidfd over `control` and takes its steps from there.
 
-    A pid would be a number of this process's own pid namespace.
+    A pid would be a number of this process's own pid namespace. `wanted` is one, for the child.
     """
-    if os.fork():
+    if fork_with_pid(wanted) if wanted else os.fork():
         os.close(control)
         return
     _control.close()

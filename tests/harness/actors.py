@@ -69,11 +69,14 @@ class Actor:
         send(self.control, (step, arguments, named))
         return Call(self, getattr(step, "__name__", repr(step)))
 
-    def fork(self) -> Actor:
-        """fork(): a child with the same open sockets, under the same numbers."""
+    def fork(self, pid: int = 0) -> Actor:
+        """fork(): a child with the same open sockets, under the same numbers.
+
+        With `pid`, a free one, that is the child's number.
+        """
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            self(actor_process.fork, Descriptor(theirs.fileno()))
+            self(actor_process.fork, Descriptor(theirs.fileno()), pid)
         return Actor(ours, int(receive(ours)))
 
     def execute(self, kept: Iterable[int] = (), program: Path | None = None) -> None:

@@ -13,6 +13,7 @@ from harness.syscalls import syscall
 
 _OP_ACCEPT = 13
 _OP_CONNECT = 16
+_OP_SEND = 26
 _SQE_ASYNC = 1 << 4
 _SETUP_SQPOLL = 1 << 1
 _ENTER_GETEVENTS = 1 << 0
@@ -76,11 +77,18 @@ class Ring:
     def connect(self, fd: int, address: bytes, personality: int = 0) -> None:
         """Connect `fd` to a raw sockaddr; raises OSError."""
         buffer = ctypes.create_string_buffer(address, len(address))
-        self._call(_OP_CONNECT, fd, ctypes.addressof(buffer), len(address), personality)
+        at = ctypes.addressof(buffer)
+        self._call(_OP_CONNECT, fd, at, personality, offset=len(address))
 
     def accept(self, fd: int, personality: int = 0) -> int:
         """Accept a connection, blocking; returns its descriptor, raises OSError."""
-        return self._call(_OP_ACCEPT, fd, 0, 0, personality)
+        return self._call(_OP_ACCEPT, fd, 0, personality)
+
+    def send(self, fd: int, data: bytes, personality: int = 0) -> int:
+        """Send on `fd`; returns how many bytes, raises OSError."""
+        buffer = ctypes.create_string_buffer(data, len(data))
+        at = ctypes.addressof(buffer)
+        return self._call(_OP_SEND, fd, at, personality, length=len(data))
 
     def close(self) -> None:
         """Give the ring back; the kernel may finish doing so later."""
@@ -88,7 +96,16 @@ class Ring:
         self._entries.close()
         os.close(self._fd)
 
-    def _call(self, operation: int, fd: int, address: int, length: int, personality: int) -> int:
+    def _call(
+        self,
+        operation: int,
+        fd: int,
+        address: int,
+        personality: int,
+        *,
+        offset: int = 0,
+        length: int = 0,
+    ) -> int:
         struct.pack_into(
             "=BBHiQQIIQHHI16x",
             self._entries,
@@ -97,9 +114,9 @@ class Ring:
             _SQE_ASYNC if self._mode is Mode.WORKER else 0,
             0,
             fd,
-            length,
+            offset,
             address,
-            0,
+            length,
             0,
             1,
             0,

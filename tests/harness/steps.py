@@ -26,6 +26,7 @@ from harness.io_uring import Mode, Ring, sockaddr
 from harness.so_peercred import Peer
 from harness.syscalls import (
     CLONE_NEWNET,
+    CLONE_NEWUSER,
     set_thread_credentials,
     syscall,
 )
@@ -38,6 +39,9 @@ TCP_ESTABLISHED = 1
 TCP_FIN_WAIT1 = 4
 TCP_CLOSE = 7
 PR_SET_DUMPABLE = 4
+PR_SET_NAME = 15
+SIOCSIFFLAGS = 0x8914
+IFF_UP = 1
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -310,6 +314,18 @@ class ByRing:
         ring.close()
 
 
+class SendByRing:
+    """send() through io_uring; with `uid`, under credentials registered for that user."""
+
+    def __init__(self, mode: Mode, uid: int | None = None) -> None:
+        self.mode, self.uid = mode, uid
+
+    def __call__(self, fd: int, data: bytes) -> None:
+        ring = Ring(self.mode)
+        ring.send(fd, data, _personality(ring, self.uid))
+        ring.close()
+
+
 def _personality(ring: Ring, uid: int | None) -> int:
     """Register credentials with that effective uid; 0, the task's own, for None."""
     if uid is None:
@@ -537,6 +553,22 @@ def write_id_map(pid: int, name: str, extents: Iterable[Extent]) -> None:
     Path(f"/proc/{pid}/{name}").write_bytes(lines.encode())
 
 
+def found_namespaces(kinds: int, uid: int) -> None:
+    """Become, as that user and nobody more, the root of a new user namespace, and of `kinds`."""
+    syscall("unshare", CLONE_NEWUSER | kinds)
+    make_dumpable()
+    Path("/proc/self/setgroups").write_text("deny")
+    for name in ("uid_map", "gid_map"):
+        write_id_map(os.getpid(), name, [Extent(0, uid, 1)])
+
+
+def bring_loopback_up() -> None:
+    """Let loopback work in a new network namespace."""
+    request = struct.pack("16sh14x", b"lo", IFF_UP)
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        fcntl.ioctl(sock, SIOCSIFFLAGS, request)
+
+
 def make_dumpable() -> None:
     """Own the files of /proc/PID again, which a change of ids without execve() has taken away."""
     import ctypes
@@ -544,6 +576,29 @@ def make_dumpable() -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(PR_SET_DUMPABLE, 1, 0, 0, 0):
         raise OSError(ctypes.get_errno(), "prctl(PR_SET_DUMPABLE)")
+
+
+def set_comm(name: bytes) -> None:
+    """Choose the name of this thread: at most 15 bytes, any but NUL."""
+    import ctypes
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(PR_SET_NAME, name, 0, 0, 0):
+        raise OSError(ctypes.get_errno(), "prctl(PR_SET_NAME)")
+
+
+def connect_many(target: Any, count: int, how: str) -> list[int]:
+    """Connect that often over TCP and keep the sockets.
+
+    `how` is "silent", to send nothing, or "half-closed", to send no more.
+    """
+    made = []
+    for _ in range(count):
+        sock = socket.create_connection(target)
+        if how == "half-closed":
+            sock.shutdown(socket.SHUT_WR)
+        made.append(sock.detach())
+    return made
 
 
 def kill_self() -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import platform
+import signal
 from pathlib import Path
 
 CLONE_NEWUSER = 0x10000000
@@ -38,9 +39,11 @@ _NUMBERS = {
     "io_uring_setup": 425,
     "io_uring_enter": 426,
     "io_uring_register": 427,
+    "clone3": 435,
 }
 
 _libc = ctypes.CDLL(None, use_errno=True)
+_held_libc = ctypes.PyDLL(None, use_errno=True)
 
 
 def syscall(name: str, *arguments: object) -> int:
@@ -53,6 +56,28 @@ def syscall(name: str, *arguments: object) -> int:
         errno = ctypes.get_errno()
         raise OSError(errno, f"{name}: {os.strerror(errno)}")
     return result
+
+
+def fork_with_pid(pid: int) -> int:
+    """fork() a child that has this number, which has to be free; returns what fork() does.
+
+    For a process with one thread. Raises OSError.
+    """
+    number = ctypes.c_int32(pid)
+    # struct clone_args of include/uapi/linux/sched.h; each field has 64 bits.
+    arguments = (ctypes.c_uint64 * 11)()
+    arguments[4] = signal.SIGCHLD
+    arguments[8], arguments[9] = ctypes.addressof(number), 1
+    # As long as the interpreter is held, no other thread is in the middle of anything.
+    made: int = _held_libc.syscall(
+        ctypes.c_long(_NUMBERS["clone3"]), arguments, ctypes.c_long(ctypes.sizeof(arguments))
+    )
+    if made < 0:
+        errno = ctypes.get_errno()
+        raise OSError(errno, f"clone3: {os.strerror(errno)}")
+    if not made:
+        ctypes.pythonapi.PyOS_AfterFork_Child()
+    return made
 
 
 def is_in(name: str, pid: int) -> bool:
