@@ -269,6 +269,10 @@ def _read(path: Path, *, may_be_missing: bool) -> Iterator[tuple[str, Any]]:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; TOML has to be") from error
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path}: not valid TOML: {error}; mend that line") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply; no option is nested in another") from error
+    except ValueError as error:  # int() of a few thousand digits
+        raise ConfigError(f"{path}: a number is too long to be read; shorten it") from error
     for table, content in document.items():
         if table not in TABLES:
             what = "table" if isinstance(content, dict) else "option"
@@ -308,4 +312,9 @@ _quoting.maxstring = 100
 
 def _shown(value: object) -> str:
     """Quote for a message of one line, however long or strange the value."""
-    return str(value).lower() if isinstance(value, bool) else _quoting.repr(value)
+    if isinstance(value, bool):
+        return str(value).lower()
+    try:
+        return _quoting.repr(value)
+    except ValueError:  # an int with more digits than Python writes
+        return "a number of thousands of digits"
