@@ -15,6 +15,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import grpc
+from google.protobuf.message import DecodeError
 from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status as RpcStatus
@@ -64,6 +65,12 @@ _SO_NETNS_COOKIE = 71
 
 _MAX_TIMEOUT = 1_000_000_000
 """Seconds. gRPC takes one whose end is beyond 64 bits of ns since 1970 for none at all."""
+
+_MAX_TEXT = 800
+"""Characters of what the daemon says that an error repeats."""
+
+_UNSET_ID = 2**32 - 1
+"""(uid_t)-1, which nobody has."""
 
 _ENDS = {pb.END_CLIENT: End.CLIENT, pb.END_SERVER: End.SERVER}
 _BASES = {pb.BASIS_SOCKET: Basis.SOCKET, pb.BASIS_TUPLE: Basis.TUPLE}
@@ -300,13 +307,25 @@ def connection(message: pb.Connection) -> Connection:
 
 
 def status(response: pb.GetStatusResponse) -> Status:
-    """Decode what the daemon says of itself."""
+    """Decode what the daemon says of itself.
+
+    Raises:
+        PeerCredError: It says a time that cannot be.
+
+    """
+    try:
+        capture_start_time = response.capture_start_time.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError) as error:
+        raise PeerCredError(
+            "the daemon's answer has a time that cannot be as the beginning of the capture; "
+            "restart peercredd"
+        ) from error
     return Status(
         version=response.version,
         hook_set=response.hook_set,
         kernel_release=response.kernel_release,
         cgroup=response.cgroup,
-        capture_start_time=response.capture_start_time.ToDatetime(tzinfo=UTC),
+        capture_start_time=capture_start_time,
         capture_start_time_ns=response.capture_start_time_ns,
         tables=tuple(Table(t.name, t.entries, t.max_entries) for t in response.tables),
         drops=tuple(Drop(d.reason, d.count, d.description) for d in response.drops),
@@ -327,11 +346,14 @@ def status(response: pb.GetStatusResponse) -> Status:
 def error_of_call(error: grpc.RpcError, address: str, timeout: float) -> PeerCredError:
     """Return what a failed call to the daemon at `address` means; `timeout` is in seconds."""
     # What a call raises is a Call too, though its stubs do not know.
-    answer: RpcStatus | None = rpc_status.from_call(cast(grpc.Call, error))
+    try:
+        answer: RpcStatus | None = rpc_status.from_call(cast(grpc.Call, error))
+    except (ValueError, DecodeError):  # no Status, or not of this failure
+        answer = None
     if answer is not None:
         return _error_of_status(answer)
     code = error.code()
-    details = error.details() or code.name
+    details = _one_line(error.details() or code.name)
     match code:
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.CANCELLED:
             return why_silent(address, details)
@@ -430,24 +452,44 @@ def _answer(key: pb.ConnectionKey, result: pb.LookupResult, asked: Namespaces | 
 
 
 def _error_of_status(answer: RpcStatus) -> PeerCredError:
-    info = ErrorInfo()
-    for detail in answer.details:
-        if detail.Unpack(info):
-            break
+    info = _error_info(answer)
+    message = _one_line(answer.message) or "the daemon does not say why"
     match answer.code:
         case code_pb2.NOT_FOUND:
-            return NotFound(answer.message, info.reason)
+            return NotFound(message, _one_line(info.reason))
         case code_pb2.INVALID_ARGUMENT:
-            return InvalidArgument(answer.message, info.metadata["field"])
+            return InvalidArgument(message, _one_line(info.metadata["field"]))
         case code_pb2.UNAVAILABLE:
-            return Unavailable(answer.message)
+            return Unavailable(message)
         case code_pb2.DEADLINE_EXCEEDED:
-            return DeadlineExceeded(answer.message)
+            return DeadlineExceeded(message)
         case code_pb2.PERMISSION_DENIED | code_pb2.UNAUTHENTICATED:
-            return Refused(answer.message)
-        case code:
+            return Refused(message)
+        case code if code in code_pb2.Code.values():
             name = code_pb2.Code.Name(code)
-            return PeerCredError(f"the daemon failed with {name}: {answer.message}")
+            return PeerCredError(f"the daemon failed with {name}: {message}")
+        case code:
+            return PeerCredError(f"the daemon failed with the unknown code {code}: {message}")
+
+
+def _error_info(answer: RpcStatus) -> ErrorInfo:
+    info = ErrorInfo()
+    for detail in answer.details:
+        try:
+            if detail.Unpack(info):
+                return info
+        except DecodeError:
+            continue
+    return ErrorInfo()
+
+
+def _one_line(text: str) -> str:
+    r"""`text` as a log may have it: short, and what is not printable as ``\xNN`` or ``\n``."""
+    inert = "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text[:_MAX_TEXT]
+    )
+    return inert if len(inert) <= _MAX_TEXT else inert[:_MAX_TEXT] + "..."
 
 
 def _attachment(message: pb.GetStatusResponse.Attachment) -> Attachment:
@@ -467,6 +509,10 @@ def _fields(message: pb.Credentials) -> dict[str, Any]:
             raise PeerCredError(
                 f"the daemon's answer has no {name}; take it for unknown, not for 0"
             )
+        if fields[name] == _UNSET_ID:
+            raise PeerCredError(
+                f"the daemon's answer has a {name} that nobody has, -1; take it for unknown"
+            )
     if "groups" in fields:
         fields["groups"] = tuple(fields["groups"])
     if "comm" in fields:
@@ -475,10 +521,15 @@ def _fields(message: pb.Credentials) -> dict[str, Any]:
 
 
 def _endpoint(message: pb.Endpoint) -> Endpoint:
+    text = _one_line(message.address)
     try:
-        address = ip_address(message.address)
+        address = ip_address(text)
     except ValueError as error:
-        raise PeerCredError(f"the daemon's answer has no address: {error}") from error
+        raise PeerCredError(f"the daemon's answer has no address: {text!r} is none") from error
+    if "%" in text or not 0 < message.port < 65536:
+        raise PeerCredError(
+            f"the daemon's answer has no end of a connection: {text!r}, port {message.port}"
+        )
     if isinstance(address, IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
     return Endpoint(address, message.port)
