@@ -19,6 +19,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+_BLANK = "\u115f\u2800"
+"""Letters and symbols, by Unicode's classes, that nobody sees: a filler and an empty pattern."""
+
 
 class Styled(NamedTuple):
     """A cell with a rich style, which shows on terminals only."""
@@ -28,11 +31,19 @@ class Styled(NamedTuple):
 
 
 def escape(text: str) -> str:
-    r"""`text` with all that is not printable as ``\xNN``, ``\uNNNN`` or ``\n``: one line, inert."""
+    r"""`text` with all that cannot be seen as ``\xNN``, ``\uNNNN`` or ``\n``: one line, inert.
+
+    Accents that come as characters of their own count among it: a pile of them covers the lines
+    above.
+    """
     return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
+        character if _is_visible(character) else character.encode("unicode_escape").decode()
         for character in text
     )
+
+
+def _is_visible(character: str) -> bool:
+    return character.isprintable() and character not in _BLANK and cell_len(character) > 0
 
 
 def print_line(text: str) -> None:
