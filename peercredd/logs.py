@@ -1,14 +1,19 @@
-"""How the daemon writes its log: to stderr, one line an event."""
+"""How the daemon writes its log: to stderr, one line an event.
+
+Some of what is logged was chosen by strangers: names, paths, what a request asked for. In text
+none of it can end a line, begin one that looks like an event, or command a terminal.
+"""
 
 from __future__ import annotations
 
 import logging
 import os
 import sys
-from typing import Final, Literal
+import traceback
+from typing import Final, Literal, TextIO
 
 import structlog
-from structlog.typing import EventDict, Processor, WrappedLogger
+from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 """syslog(3) levels."""
@@ -36,7 +41,7 @@ def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
             colors=terminal,
             pad_event_to=0,
             sort_keys=False,
-            exception_formatter=structlog.dev.plain_traceback,
+            exception_formatter=_traceback,
         )
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
@@ -45,6 +50,7 @@ def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
             processors=[
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _headline_first,
+                *(() if form == "json" else (_inert,)),
                 _WithPriority(render) if journal else render,
             ],
         )
@@ -74,6 +80,40 @@ def _stderr_is_journal() -> bool:
 def _headline_first(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
     headline = {key: event.pop(key) for key in ("event", "level", "timestamp") if key in event}
     return {**headline, **event}
+
+
+class _Quoted:
+    """A text that is written as Python would."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return repr(self._text)
+
+
+def _inert(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
+    """Escape what cannot be printed; JSON does so by itself."""
+    headline = _escaped(str(event.pop("event", "")))
+    return {"event": headline} | {
+        _escaped(key): _Quoted(value)
+        if isinstance(value, str) and not value.isprintable()
+        else value
+        for key, value in event.items()
+    }
+
+
+def _escaped(text: str) -> str:
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode()
+        for character in text
+    )
+
+
+def _traceback(stream: TextIO, exc_info: ExcInfo) -> None:
+    """Write a traceback whose lines are all indented, so that none can be taken for an event."""
+    text = "".join(traceback.format_exception(*exc_info)).rstrip("\n")
+    stream.writelines("\n  " + _escaped(line) for line in text.split("\n"))
 
 
 class _WithPriority:

@@ -79,3 +79,51 @@ def test_text_in_a_file_has_no_colours(tmp_path: Path) -> None:
     line = write_log(tmp_path / "log", "info", "text")[0]
 
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\S+Z \[info *\] serving socket='/run/a b'", line)
+
+
+HOSTILE = "a\n<2>2026-11-24T00:00:00Z [info     ] granted uid=0\x1b]0;x\x07\u202e\udcff\x9b31m"
+HOSTILE_PROGRAM = """
+import logging, sys, structlog
+from peercredd import logs
+logs.configure("info", "text")
+log = structlog.get_logger("peercredd.test")
+name = sys.stdin.read()
+log.info("refused", comm=name)
+log.info("refused", comm="\\x1b]0;x\\x07")
+log.info("refused", **{name: 1})
+log.info(name)
+logging.getLogger("asyncio").warning("slow %s", name)
+try:
+    raise ValueError(name)
+except ValueError:
+    log.exception("broken")
+"""
+
+
+@pytest.mark.parametrize("journal", [False, True])
+def test_nothing_that_strangers_choose_ends_a_line_or_begins_one_or_commands_a_terminal(
+    tmp_path: Path, journal: bool
+) -> None:
+    log = tmp_path / "log"
+    with log.open("wb") as file:
+        status = os.fstat(file.fileno())
+        subprocess.run(
+            [sys.executable, "-c", HOSTILE_PROGRAM],
+            env=os.environ
+            | {"JOURNAL_STREAM": f"{status.st_dev}:{status.st_ino + (not journal)}"}
+            | {"PYTHONIOENCODING": "utf-8:surrogatepass"},
+            input=HOSTILE,
+            stderr=file,
+            encoding="utf-8",
+            errors="surrogatepass",
+            check=True,
+        )
+    lines = log.read_bytes().decode().split("\n")
+    assert lines.pop() == ""
+    assert all(line.isprintable() for line in lines)
+    events, rest = lines[:6], lines[6:]
+    start = r"<[346]>" if journal else r"\d{4}-\d\d-\d\dT\S+Z \[\w+ *\] "
+    assert all(re.match(start + r"\w", line) for line in events)
+    # What belongs to an event is indented.
+    assert all(re.match("<3>  " if journal else "  ", line) for line in rest)
+    assert rest[-1].count(r"\x1b") == 1
