@@ -1,0 +1,47 @@
+"""HTTP/2 by hand, for callers that do not keep to it."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
+DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
+END_HEADERS = 4
+MAX_FRAME = 16384
+
+
+def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
+    """One frame (RFC 9113, 4.1)."""
+    head = len(payload).to_bytes(3, "big") + bytes([kind, flags]) + stream.to_bytes(4, "big")
+    return head + payload
+
+
+GREETING = PREFACE + frame(SETTINGS, 0, 0)
+
+
+def field(name: str, value: str) -> bytes:
+    """A header field, literal and not to be remembered (RFC 7541, 6.2.2)."""
+    return b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
+
+
+def call(stream: int, method: str) -> bytes:
+    """The beginning of a call; its message would follow."""
+    headers = {
+        ":method": "POST",
+        ":scheme": "http",
+        ":path": f"/peercred.v1.PeerCredentials/{method}",
+        ":authority": "localhost",
+        "te": "trailers",
+        "content-type": "application/grpc",
+    }
+    fields = b"".join(field(*each) for each in headers.items())
+    return frame(HEADERS, END_HEADERS, stream, fields)
+
+
+def dial(path: Path, greeting: bytes = GREETING) -> socket.socket:
+    """A connection that has sent its greeting."""
+    sock = socket.socket(socket.AF_UNIX)
+    sock.connect(str(path))
+    sock.sendall(greeting)
+    return sock
