@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import functools
-from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager
+import resource
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
@@ -31,12 +32,18 @@ from peercredd.service import PeerCredentialsService, RequestError, View
 MAX_CONCURRENT_CALLS: Final = 1024
 """Beyond it calls fail with RESOURCE_EXHAUSTED."""
 
+MAX_OPEN_STREAMS: Final = 768
+"""Streams stay open for as long as their caller likes: they never take the places of all calls."""
+
+SPARE_DESCRIPTORS: Final = 256
+"""What the daemon has open besides connections: maps, links, what it reads."""
+
 OPTIONS: Final = (
     # 1,000 keys with the longest addresses take some 150 KB.
     ("grpc.max_receive_message_length", 256 * 1024),
     ("grpc.max_concurrent_streams", 128),
-    # Of the 1,024 descriptors that a process may have by default, leave some.
-    ("grpc.max_allowed_incoming_connections", 768),
+    # An idle one costs some 15 KB.
+    ("grpc.max_allowed_incoming_connections", 4096),
     ("grpc.max_connection_idle_ms", 10 * 60 * 1000),
 )
 
@@ -44,6 +51,10 @@ _PEER_CREDENTIALS = pb.DESCRIPTOR.services_by_name["PeerCredentials"].full_name
 _HEALTH = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
 
 _MALFORMED = Status(code=code_pb2.INVALID_ARGUMENT, message="the message cannot be decoded")
+_TOO_MANY_STREAMS = Status(
+    code=code_pb2.RESOURCE_EXHAUSTED,
+    message="as many streams are open as the daemon takes; ask with single calls, or later",
+)
 _INTERNAL = Status(code=code_pb2.INTERNAL, message="internal error, see the daemon's log")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -70,7 +81,7 @@ async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
     with UnixSocket(path, group) as unix_socket:
         server = grpc.aio.server(
             handlers=handlers(PeerCredentialsService(view)),
-            options=OPTIONS,
+            options=_with_descriptors(OPTIONS),
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         server.add_insecure_port(f"unix:{unix_socket.private_path}")
@@ -80,6 +91,40 @@ async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
             yield
         finally:
             await server.stop(STOP_GRACE_SECONDS)
+
+
+def _with_descriptors(options: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
+    """Get the descriptors that all connections need; or allow fewer connections."""
+    most = "grpc.max_allowed_incoming_connections"
+    wanted = dict(options)
+    needed = wanted[most] + SPARE_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    unlimited = resource.RLIM_INFINITY
+    allowed = needed if hard == unlimited else min(needed, hard)
+    if soft != unlimited and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+        soft = allowed
+    if soft != unlimited:
+        wanted[most] = max(1, min(wanted[most], soft - SPARE_DESCRIPTORS))
+    return list(wanted.items())
+
+
+class _Places:
+    """How many streams are open; `MAX_OPEN_STREAMS` at most."""
+
+    def __init__(self) -> None:
+        self._taken = 0
+
+    @contextmanager
+    def one(self) -> Iterator[None]:
+        """Take a place for a stream. Raises RequestError where there is none."""
+        if self._taken >= MAX_OPEN_STREAMS:
+            raise RequestError(_TOO_MANY_STREAMS)
+        self._taken += 1
+        try:
+            yield
+        finally:
+            self._taken -= 1
 
 
 def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
@@ -94,6 +139,7 @@ def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
     )
 
     turn = asyncio.Lock()
+    places = _Places()
 
     async def lookups(
         requests: AsyncIterator[pb.LookupStreamRequest],
@@ -115,19 +161,20 @@ def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
         _PEER_CREDENTIALS: {
             "Lookup": _unary(service.lookup, pb.LookupRequest),
             "BatchLookup": _merged(batch, pb.BatchLookupRequest),
-            "LookupStream": _stream(lookups, pb.LookupStreamRequest),
-            "ListConnections": _server_stream(connections, pb.ListConnectionsRequest),
+            "LookupStream": _stream(lookups, pb.LookupStreamRequest, places),
+            "ListConnections": _server_stream(connections, pb.ListConnectionsRequest, places),
             "GetStatus": _unary(service.get_status, pb.GetStatusRequest),
         },
         _HEALTH: {
             "Check": _unary(health.check, health_pb2.HealthCheckRequest),
             "List": _unary(health.list, health_pb2.HealthListRequest),
-            "Watch": _server_stream(health.watch, health_pb2.HealthCheckRequest),
+            "Watch": _server_stream(health.watch, health_pb2.HealthCheckRequest, places),
         },
         reflection.SERVICE_NAME: {
             "ServerReflectionInfo": _stream(
                 functools.partial(reflector.ServerReflectionInfo, unused_context=None),
                 reflection_pb2.ServerReflectionRequest,
+                places,
             ),
         },
     }
@@ -172,12 +219,15 @@ def _merged(
 
 
 def _server_stream(
-    method: Callable[[_Request], AsyncIterator[_Response]], request_type: type[_Request]
+    method: Callable[[_Request], AsyncIterator[_Response]],
+    request_type: type[_Request],
+    places: _Places,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(data: bytes, context: _Context) -> AsyncIterator[bytes]:
         try:
-            async for response in method(request_type.FromString(data)):
-                yield response.SerializeToString()
+            with places.one():
+                async for response in method(request_type.FromString(data)):
+                    yield response.SerializeToString()
         except Exception as error:
             await _abort(context, error)
 
@@ -187,6 +237,7 @@ def _server_stream(
 def _stream(
     method: Callable[[AsyncIterator[_Request]], AsyncIterator[_Response]],
     request_type: type[_Request],
+    places: _Places,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def decoded(messages: AsyncIterator[bytes]) -> AsyncIterator[_Request]:
         async for data in messages:
@@ -194,8 +245,9 @@ def _stream(
 
     async def handle(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
-            async for response in method(decoded(messages)):
-                yield response.SerializeToString()
+            with places.one():
+                async for response in method(decoded(messages)):
+                    yield response.SerializeToString()
         except Exception as error:
             await _abort(context, error)
 

@@ -306,7 +306,6 @@ def test_connections_beyond_the_limit_are_closed_and_the_others_served(
     view: MemoryView, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = dict(server.OPTIONS)
-    assert options["grpc.max_allowed_incoming_connections"] < 1024  # RLIMIT_NOFILE
     options["grpc.max_allowed_incoming_connections"] = 10
     monkeypatch.setattr(server, "OPTIONS", tuple(options.items()))
     with served(view, path) as channel, ExitStack() as flood:
@@ -567,3 +566,24 @@ def test_a_watch_of_an_unknown_service_says_so_and_stays_open(
 
     assert next(watch).status == SERVICE_UNKNOWN
     assert failure(lambda: next(watch)).code() == grpc.StatusCode.DEADLINE_EXCEEDED
+
+
+def test_streams_beyond_their_limit_are_refused_and_lookups_answered(
+    view: MemoryView, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "MAX_OPEN_STREAMS", 3)
+    with served(view, path) as channel:
+        watch = health_pb2_grpc.HealthStub(channel).Watch
+        streams = [watch(health_pb2.HealthCheckRequest()) for _ in range(3)]
+        assert [next(stream).status for stream in streams] == [SERVING] * 3
+
+        refused = failure(lambda: next(watch(health_pb2.HealthCheckRequest())))
+        assert refused.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert "ask with single calls" in str(refused.details())
+        assert answers(channel)
+
+        streams[0].cancel()
+        while True:
+            with suppress(grpc.RpcError):
+                assert next(watch(health_pb2.HealthCheckRequest())).status == SERVING
+                break
