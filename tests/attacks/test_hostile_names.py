@@ -26,7 +26,7 @@ from harness.users import ALICE, SERVICE
 pytestmark = pytest.mark.kernel
 
 NAMES = {
-    "newline": b"a\nuser 0 (root)",
+    "newline": b"a\nuser  0 (root",
     "carriage return": b"a\rpid 1",
     "title of the window": b"\x1b]0;pwned\x07",
     "colour and clear": b"\x1b[31m\x1b[2J",

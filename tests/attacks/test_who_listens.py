@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 from harness import steps
+from harness.actors import Actor
+from harness.netns import NetworkNamespace
 from harness.routes import V4, V6
 from harness.stage import Stage
 from harness.steps import Both, Route
@@ -16,9 +18,17 @@ from harness.users import ALICE, BOB, SERVICE
 pytestmark = pytest.mark.kernel
 
 
-def uid_of_listener_in_proc_net_tcp(port: int) -> int | None:
+def alone(stage: Stage) -> tuple[NetworkNamespace, tuple[Actor, ...]]:
+    """A service, a squatter and a client, where nobody else takes a port."""
+    namespace = stage.namespace()
+    actors = (stage.actor(uid, namespace=namespace) for uid in (SERVICE, ALICE, BOB))
+    return namespace, tuple(actors)
+
+
+def uid_of_listener_in_proc_net_tcp(namespace: NetworkNamespace, port: int) -> int | None:
     """What /proc/net/tcp, and whoever reads it, says of who listens on a port."""
-    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+    text = namespace.run(Path("/proc/thread-self/net/tcp").read_text)
+    for line in text.splitlines()[1:]:
         fields = line.split()
         if fields[1].endswith(f":{port:04X}") and fields[3] == "0A":
             return int(fields[7])
@@ -28,7 +38,7 @@ def uid_of_listener_in_proc_net_tcp(port: int) -> int | None:
 def test_who_takes_the_port_of_a_listener_that_died_is_not_taken_for_it(
     stage: Stage, route: Route
 ) -> None:
-    service, squatter, client = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(BOB)
+    _, (service, squatter, client) = alone(stage)
     listener = stage.listen(service, route)
     before = stage.connect(client, listener)
     port = listener.addresses.tcp[1]
@@ -42,13 +52,13 @@ def test_who_takes_the_port_of_a_listener_that_died_is_not_taken_for_it(
 def test_who_gives_a_port_back_to_its_service_is_still_known_to_whom_he_deceived(
     stage: Stage,
 ) -> None:
-    service, squatter, client = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(BOB)
+    namespace, (service, squatter, client) = alone(stage)
     squatted = stage.listen(squatter, V4)
     port = squatted.addresses.tcp[1]
     ends = stage.connect(client, squatted)
     squatter(steps.close, squatted.fds)
     accepted_by_nobody = stage.listen(service, V4, port=port)
-    assert uid_of_listener_in_proc_net_tcp(port) == SERVICE
+    assert uid_of_listener_in_proc_net_tcp(namespace, port) == SERVICE
     assert stage.peer(client, ends)[:2] == (squatter.pid, ALICE)
     service(steps.close, accepted_by_nobody.fds)
 
@@ -56,7 +66,7 @@ def test_who_gives_a_port_back_to_its_service_is_still_known_to_whom_he_deceived
 def test_who_listens_on_the_port_of_a_service_in_the_other_family_is_told_from_it(
     stage: Stage,
 ) -> None:
-    service, squatter, client = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(BOB)
+    _, (service, squatter, client) = alone(stage)
     listener = stage.listen(service, V6)
     port = listener.addresses.tcp[1]
     squatted = stage.listen(squatter, V4, port=port)
@@ -66,7 +76,8 @@ def test_who_listens_on_the_port_of_a_service_in_the_other_family_is_told_from_i
 
 
 def test_who_is_handed_the_socket_of_root_and_listens_is_not_taken_for_root(stage: Stage) -> None:
-    root, squatter, client = stage.actor(), stage.actor(ALICE), stage.actor(BOB)
+    namespace, (_, squatter, client) = alone(stage)
+    root = stage.actor(namespace=namespace)
     bound = root(steps.bind, V4)
     fds = Both(*root.give(bound, to=squatter))
     root(steps.close, bound)
@@ -74,30 +85,8 @@ def test_who_is_handed_the_socket_of_root_and_listens_is_not_taken_for_root(stag
     targets = squatter(steps.addresses, fds, V4)
     ends = client(steps.sockets, V4)
     client(steps.connect, ends, targets)
-    assert uid_of_listener_in_proc_net_tcp(targets.tcp[1]) == 0
+    assert uid_of_listener_in_proc_net_tcp(namespace, targets.tcp[1]) == 0
     assert stage.peer(client, ends)[:2] == (squatter.pid, ALICE)
-
-
-def test_who_turns_the_clients_connection_round_is_not_taken_for_its_listener(
-    stage: Stage,
-) -> None:
-    """The tuple of a connection to the service, made from the other end."""
-    service, squatter, client = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(BOB)
-    listener = stage.listen(service, V4)
-    ends = stage.connect(client, listener)
-    accepted = service(steps.accept, listener.fds)
-    local, remote = client(steps.names, ends.tcp)
-    service(steps.close, listener.fds)
-    service(steps.reset, accepted.tcp)
-    client(steps.wait_until_hung_up, ends.tcp)
-    client(steps.close, ends)
-    theirs = stage.listen(client, V4, port=local[1])
-    stage.connect(squatter, theirs, local=remote)
-    (by_tuple,) = stage.client.lookup_many([(local, remote)])
-    back = client(steps.accept, theirs.fds)
-    assert stage.peer(client, back)[:2] == (squatter.pid, ALICE)
-    assert not isinstance(by_tuple, Exception)
-    assert (by_tuple.uid, by_tuple.peer_end.value) == (ALICE, "client")
 
 
 def test_a_listener_that_shares_the_port_of_another_user_is_refused_by_the_kernel(
