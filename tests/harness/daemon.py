@@ -46,6 +46,7 @@ class Daemon:
         *options: str,
         pin_dir: Path | None = None,
         so_peercred: bool = True,
+        tcp_port: int = 0,
     ) -> None:
         assert cgroup or hook_set == "trace"
         self.hook_set = hook_set
@@ -73,6 +74,7 @@ class Daemon:
                     *("--pin-dir", str(self.pin_dir)),
                     *("--socket", str(self.socket)),
                     *("--group", "root"),
+                    *(("--tcp-port", str(tcp_port)) if tcp_port else ("--no-tcp",)),
                     *("--sweep-interval-seconds", _NEVER),
                     *("--so-peercred-state", str(folder / "so_peercred.json")),
                     *(("--so-peercred", "all") if so_peercred else ()),
