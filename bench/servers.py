@@ -13,7 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,14 +139,20 @@ def _be_server(kind: str, pin_dir: Path, address: str) -> None:
             _serve_with_threads(service, address)
         else:
             run = uvloop.run if kind == "uvloop" else asyncio.run
-            run(_serve_in_loop(service, address))
+            run(_serve_in_loop(store, service, address))
 
 
-async def _serve_in_loop(service: PeerCredentialsService, address: str) -> None:
+async def _serve_in_loop(store: Store, service: PeerCredentialsService, address: str) -> None:
     async def empty(data: bytes, _: Any) -> bytes:
         return _empty(data)
 
-    server = grpc.aio.server(handlers=[*handlers(service), _empty_handler(empty)], options=OPTIONS)
+    server = grpc.aio.server(
+        handlers=[
+            *handlers(store, lambda _context, _lists: nullcontext(service)),
+            _empty_handler(empty),
+        ],
+        options=OPTIONS,
+    )
     server.add_insecure_port(address)
     await server.start()
     await asyncio.to_thread(_until_told)

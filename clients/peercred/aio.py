@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 import grpc.aio
@@ -16,6 +16,9 @@ from peercred.errors import PeerCredError, Refused, Unavailable
 from peercred.types import Access, Connection, Namespaces, PeerCredentials, Status
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
+
+if TYPE_CHECKING:
+    from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsAsyncStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -67,7 +70,7 @@ class AsyncClient:
         return self._daemon.address
 
     @property
-    def _stub(self) -> PeerCredentialsStub:
+    def _stub(self) -> PeerCredentialsAsyncStub:
         """What to call, which is to be believed; raises Refused where nobody is."""
         if self._daemon.checked() != self._connected_to and not self._closed:
             self._connect()

@@ -30,6 +30,7 @@ MEND_BY_THE_LOG = "see the log: `journalctl -u peercredd`"
 MEND_MISSED_RUNS = (
     'set capture.hooks = "cgroup", whose programs are never left out, and restart the daemon'
 )
+NOT_TOLD = "not told to you: `peercred whoami` says why"
 MEND_A_WRONG_ANSWER = "trust no answer, and report this with `peercred status --json`"
 
 
