@@ -23,7 +23,9 @@ from harness.netns import NetworkNamespace
 from harness.routes import V4
 from harness.steps import Both
 from harness.users import ALICE, BOB, CAROL, DAVE, SERVICE, STAFF
+from peercred import _wire
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd import keys as key_parser
 from peercredd.access import Caller, OwnView, Refusals
 from peercredd.libbpf import Map
 from peercredd.store import Reason, Store
@@ -96,8 +98,6 @@ class Place:
         return actor
 
     def _key(self, actor: Actor, ends: Both[int]) -> pb.ConnectionKey:
-        from peercred import _wire
-
         with actor.borrow(ends.tcp) as sock:
             return _wire.key_of_socket(sock)
 
@@ -287,8 +287,6 @@ def test_no_connection_of_others_can_be_told_from_one_that_does_not_exist(place:
     gone(steps.connect, ends, gone(steps.addresses, listening, V4))
     accepted = gone(steps.accept, listening)
     with gone.borrow(accepted.tcp) as sock:
-        from peercred import _wire
-
         retired = _wire.key_of_socket(sock)
     gone.exit()
     disagreeing = pb.ConnectionKey(
@@ -353,20 +351,19 @@ def test_as_much_is_looked_up_for_what_is_forbidden_as_for_what_is_not_there(
         )
         monkeypatch.setattr(Map, "lookup", counted)
         netns = place.server_end.netns_cookie
-        from peercredd import keys as key_parser
-
         taken = []
         for key in (place.server_end, place.client_end):
             endpoints = key_parser.parse(key).endpoints
             assert endpoints
-            for question in (
-                lambda cookie=key.socket_cookie: view.find_by_socket(cookie),
-                lambda: view.find_by_socket(ABSENT),
-                lambda ends=endpoints: view.find_by_tuple(netns, *ends),
-                lambda ends=endpoints: view.find_by_tuple(netns + 1000, *ends),
+            for sought, ends in (
+                (key.socket_cookie, None),
+                (ABSENT, None),
+                (0, (netns, *endpoints)),
+                (0, (netns + 1000, *endpoints)),
             ):
                 outcomes.clear()
-                assert question() is Reason.NOT_VISIBLE
+                found = view.find_by_tuple(*ends) if ends else view.find_by_socket(sought)
+                assert found is Reason.NOT_VISIBLE
                 taken.append((outcomes.count(True), outcomes.count(False)))
 
     assert len(set(taken)) == 1, taken
