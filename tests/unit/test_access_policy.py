@@ -174,12 +174,13 @@ def test_root_named_users_and_members_of_groups_see_all_and_nobody_else() -> Non
     for why, (allowing, caller) in cases.items():
         access = allowing.access(caller)
         assert (access.sees_all, access.why) == (True, why)
+    others_groups = struct.pack("32I", *range(200, 232))
     others = (
-        some._replace(uid=0, suid=0, fsuid=0, groups=bytes(128)),
-        some._replace(gid=131, sgid=131, groups=bytes(128)),
+        some._replace(uid=0, suid=0, fsuid=0, groups=others_groups),
+        some._replace(gid=131, sgid=131, groups=others_groups),
         # What is beyond the count is not the task's, and what is beyond 32 was not recorded.
         some._replace(group_count=31),
-        some._replace(group_count=33, groups=struct.pack("32I", *range(200, 232))),
+        some._replace(group_count=33, groups=others_groups),
     )
     for nobody in others:
         assert not policy(groups=("131",)).access(nobody).sees_all
