@@ -30,7 +30,7 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd.server import OPTIONS, handlers
+from peercredd.server import OPTIONS, Gate, handlers
 from peercredd.service import PeerCredentialsService
 from peercredd.store import Store
 
@@ -148,7 +148,9 @@ async def _serve_in_loop(store: Store, service: PeerCredentialsService, address:
 
     server = grpc.aio.server(
         handlers=[
-            *handlers(store, lambda _context, _lists: nullcontext(service)),
+            *handlers(
+                store, Gate(lambda _context, _lists: nullcontext(service), counts_early=False)
+            ),
             _empty_handler(empty),
         ],
         options=OPTIONS,
