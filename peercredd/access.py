@@ -85,6 +85,8 @@ class Refused(Enum):
     NOT_VISIBLE = "NOT_VISIBLE"
     CALLER_UNKNOWN = "CALLER_UNKNOWN"
     TOO_MANY_CALLS = "TOO_MANY_CALLS"
+    TOO_MANY_CONNECTIONS = "TOO_MANY_CONNECTIONS"
+    """No error's reason: they are closed."""
 
     @property
     def description(self) -> str:
@@ -96,6 +98,7 @@ _DESCRIPTIONS: Final = {
     Refused.NOT_VISIBLE: "lookups of connections that are not the caller's",
     Refused.CALLER_UNKNOWN: "calls over connections of which there is no record",
     Refused.TOO_MANY_CALLS: "calls of users who had as many under way as one may have",
+    Refused.TOO_MANY_CONNECTIONS: "connections, closed, of users who had as many as one may have",
 }
 
 

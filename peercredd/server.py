@@ -9,6 +9,8 @@ so a handful of idle clients keeps all others waiting.
 from __future__ import annotations
 
 import asyncio
+import os
+import resource
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractContextManager, asynccontextmanager, nullcontext
 from dataclasses import dataclass
@@ -26,7 +28,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.access import Policy, Refusals
-from peercredd.callers import Callers
+from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
 from peercredd.listen import UnixSocket, free_loopback_addresses, port_in_use
@@ -46,11 +48,17 @@ REQUEST_SECONDS: Final = 10
 _MAX_MESSAGE: Final = 256 * 1024
 """1,000 keys with the longest addresses take some 150 KB."""
 
-# Of the 1,024 descriptors that a process may have by default, leave some.
+_MAX_CONNECTIONS: Final = 512
+_MAX_TCP_CONNECTIONS: Final = 2048
+_MIN_TCP_CONNECTIONS: Final = 64
+_OTHER_DESCRIPTORS: Final = 128
+
+CLOSE_SURPLUS_SECONDS: Final = 1.0
+
 OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_concurrent_streams", 128),
-    ("grpc.max_allowed_incoming_connections", 512),
+    ("grpc.max_allowed_incoming_connections", _MAX_CONNECTIONS),
     ("grpc.max_connection_idle_ms", 10 * 60 * 1000),
 )
 
@@ -60,7 +68,6 @@ TCP_OPTIONS: Final = (
     ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_metadata_size", 4096),
     ("grpc.max_concurrent_streams", 32),
-    ("grpc.max_allowed_incoming_connections", 384),
     # Strangers hold what they do not use for seconds, not minutes.
     ("grpc.max_connection_idle_ms", 30 * 1000),
     ("grpc.server_handshake_timeout_ms", 5 * 1000),
@@ -135,12 +142,15 @@ async def serving(
             await each.start()
         if callers:
             await _warn_if_blind(callers)
-        logging = asyncio.create_task(_log_refusals(refusals))
+        tasks = [asyncio.create_task(_log_refusals(refusals))]
+        if callers:
+            tasks.append(asyncio.create_task(_close_surplus(callers)))
         try:
             unix_socket.publish()
             yield
         finally:
-            logging.cancel()
+            for task in tasks:
+                task.cancel()
             refusals.write_log()
             await asyncio.gather(*(each.stop(STOP_GRACE_SECONDS) for each in servers))
 
@@ -151,7 +161,10 @@ def _listening_on_loopback(callers: Callers) -> grpc.aio.Server:
 
     server = grpc.aio.server(
         handlers=handlers(callers.store, Gate(known, counts_early=True)),
-        options=TCP_OPTIONS,
+        options=(
+            *TCP_OPTIONS,
+            ("grpc.max_allowed_incoming_connections", _make_room_for_tcp_connections()),
+        ),
         maximum_concurrent_rpcs=MAX_CONCURRENT_TCP_CALLS,
     )
     for address in free_loopback_addresses(callers.port):
@@ -160,6 +173,24 @@ def _listening_on_loopback(callers: Callers) -> grpc.aio.Server:
         except RuntimeError:  # gRPC does not say why
             raise port_in_use(address, callers.port) from None
     return server
+
+
+def _make_room_for_tcp_connections() -> int:
+    """Let the process have descriptors for them; returns for how many there are."""
+    others = _MAX_CONNECTIONS + _OTHER_DESCRIPTORS
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < others + _MAX_TCP_CONNECTIONS:
+        soft = min(hard, others + _MAX_TCP_CONNECTIONS)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return max(_MIN_TCP_CONNECTIONS, min(_MAX_TCP_CONNECTIONS, soft - others))
+
+
+async def _close_surplus(callers: Callers) -> None:
+    while True:
+        await asyncio.sleep(CLOSE_SURPLUS_SECONDS)
+        # With so few descriptors nobody has too many.
+        if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
+            await asyncio.to_thread(callers.close_surplus)
 
 
 async def _warn_if_blind(callers: Callers) -> None:

@@ -7,11 +7,15 @@ forked from it have it then, and may become somebody who could not read it.
 from __future__ import annotations
 
 import itertools
+import select
+import socket
 import sys
 from typing import Any, NamedTuple
 
 _CALLS_PER_CONNECTION = 16
 """The daemon takes 32, and has more wait."""
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 
 _channels: dict[str, Any] = {}
 _open_calls: list[Any] = []
@@ -109,6 +113,26 @@ def begin_calls(address: str, method: str, count: int) -> None:
             own = [("grpc.use_local_subchannel_pool", 1)]
             _open_channels.append(grpc.insecure_channel(address, options=own))
         _open_calls.append(_open_channels[-1].stream_stream(method)(_nothing()))
+
+
+def connect_often(port: int, count: int) -> None:
+    """Make connections that say they are gRPC's, and nothing after."""
+    for _ in range(count):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(_PREFACE)
+        _open_calls.append(sock)
+
+
+def wait_until_closed(left: int) -> None:
+    """Wait until no more than so many of these connections are open."""
+    still = select.poll()
+    for sock in _open_calls:
+        still.register(sock, select.POLLRDHUP)
+    closed: set[int] = set()
+    while len(_open_calls) - len(closed) > left:
+        for descriptor, _ in still.poll():
+            closed.add(descriptor)
+            still.unregister(descriptor)
 
 
 def serve_as_the_daemon(address: str) -> int:

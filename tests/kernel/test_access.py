@@ -510,6 +510,21 @@ def test_one_user_lists_so_many_times_at_once(place: Place) -> None:
     greedy.exit()
 
 
+def test_a_thousand_connections_of_one_user_keep_nobody_out_and_most_are_closed(
+    place: Place,
+) -> None:
+    greedy = place.actor(CAROL)
+    before = place.refused("TOO_MANY_CONNECTIONS")
+    greedy(caller.connect_often, PORT, 1000)
+
+    newcomer = place.actor(ALICE)
+    assert newcomer(caller.call, TCP, f"{API}/WhoAmI", b"").code == "OK"
+    greedy(caller.wait_until_closed, 64)
+    assert place.refused("TOO_MANY_CONNECTIONS") >= before + 1000 - 64
+    assert place.lookup(LISTENER, place.server_end).code == "OK"
+    greedy.exit()
+
+
 def test_without_an_address_the_library_asks_over_tcp_where_there_is_no_socket(
     place: Place,
 ) -> None:

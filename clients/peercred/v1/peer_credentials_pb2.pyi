@@ -982,7 +982,8 @@ class GetStatusResponse(_message.Message):
         DESCRIPTION_FIELD_NUMBER: _builtins.int
         reason: _builtins.str
         """NOT_VISIBLE: a connection that is there, and not the caller's.
-        CALLER_UNKNOWN and TOO_MANY_CALLS as in errors.
+        CALLER_UNKNOWN and TOO_MANY_CALLS as in errors. TOO_MANY_CONNECTIONS: those
+        of one user beyond what one may have, which are closed.
         """
         count: _builtins.int
         description: _builtins.str
