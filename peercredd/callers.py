@@ -111,12 +111,16 @@ class Callers:
             )
         )
 
-    def close_surplus(self) -> None:
+    def close_surplus(self) -> Counter[int | None]:
         """Close what a user has beyond MAX_CONNECTIONS_PER_USER, the newest first.
 
         gRPC does not let anybody look at a connection when it comes. It finds these closed as
-        if their clients had.
+        if their clients had. May run in a thread of its own.
+
+        Returns:
+            How many were closed by user; None for all of whom there is no record.
         """
+        closed: Counter[int | None] = Counter()
         connections: dict[int | None, list[tuple[int, socket]]] = {}
         with ExitStack() as opened:
             for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - there may be thousands
@@ -141,7 +145,8 @@ class Callers:
                 for _, connection in of_user[MAX_CONNECTIONS_PER_USER:]:
                     with suppress(OSError):
                         connection.shutdown(SHUT_RDWR)
-                    self._refusals.count(Refused.TOO_MANY_CONNECTIONS, uid)
+                    closed[uid] += 1
+        return closed
 
     def knows(self, host: str, port: int) -> bool:
         """Whether there is a record of a connection from that end to this port."""

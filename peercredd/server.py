@@ -27,7 +27,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd.access import Policy, Refusals
+from peercredd.access import Policy, Refusals, Refused
 from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
@@ -144,7 +144,7 @@ async def serving(
             await _warn_if_blind(callers)
         tasks = [asyncio.create_task(_log_refusals(refusals))]
         if callers:
-            tasks.append(asyncio.create_task(_close_surplus(callers)))
+            tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
         try:
             unix_socket.publish()
             yield
@@ -185,12 +185,14 @@ def _make_room_for_tcp_connections() -> int:
     return max(_MIN_TCP_CONNECTIONS, min(_MAX_TCP_CONNECTIONS, soft - others))
 
 
-async def _close_surplus(callers: Callers) -> None:
+async def _close_surplus(callers: Callers, refusals: Refusals) -> None:
     while True:
         await asyncio.sleep(CLOSE_SURPLUS_SECONDS)
         # With so few descriptors nobody has too many.
         if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
-            await asyncio.to_thread(callers.close_surplus)
+            closed = await asyncio.to_thread(callers.close_surplus)
+            for uid, times in closed.items():
+                refusals.count(Refused.TOO_MANY_CONNECTIONS, uid, times)
 
 
 async def _warn_if_blind(callers: Callers) -> None:

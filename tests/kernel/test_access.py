@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
@@ -20,6 +21,7 @@ from harness.cgroup import Cgroup
 from harness.channel import Descriptor
 from harness.daemon import Daemon
 from harness.netns import NetworkNamespace
+from harness.patience import patient
 from harness.routes import V4
 from harness.steps import Both
 from harness.users import ALICE, BOB, CAROL, DAVE, SERVICE, STAFF
@@ -164,6 +166,13 @@ def keys(place: Place, end: pb.ConnectionKey) -> list[pb.ConnectionKey]:
     by_cookie = pb.ConnectionKey(socket_cookie=end.socket_cookie)
     by_tuple = pb.ConnectionKey(local=end.local, remote=end.remote)
     return [by_cookie, by_tuple, end]
+
+
+def wait_for(code: str, asker: Actor, method: str) -> None:
+    """Call until that comes of it: what other calls came to takes a moment to be known."""
+    give_up = time.monotonic() + patient(30)
+    while asker(caller.call, TCP, f"{API}/{method}", b"").code != code:
+        assert time.monotonic() < give_up
 
 
 @pytest.mark.parametrize("question", QUESTIONS, ids=lambda each: each.method)
@@ -483,16 +492,14 @@ def test_one_user_has_so_many_calls_under_way_and_takes_none_from_others(place: 
     assert place.lookup(LISTENER, place.server_end).code == "OK"
     assert place.lookup(ROOT, place.server_end).code == "OK"
     greedy(caller.cancel_calls)
-    while greedy(caller.call, TCP, f"{API}/WhoAmI", b"").code != "OK":
-        pass
+    wait_for("OK", greedy, "WhoAmI")
 
 
 def test_calls_that_never_send_their_message_count_too(place: Place) -> None:
     greedy = place.actor(CAROL)
     greedy(caller.begin_calls, TCP, f"{API}/Lookup", 70)
     before = place.refused("TOO_MANY_CALLS")
-    while greedy(caller.call, TCP, f"{API}/WhoAmI", b"").code != "RESOURCE_EXHAUSTED":
-        pass
+    wait_for("RESOURCE_EXHAUSTED", greedy, "WhoAmI")
 
     assert place.refused("TOO_MANY_CALLS") > before
     assert place.lookup(LISTENER, place.server_end).code == "OK"
@@ -503,8 +510,7 @@ def test_one_user_lists_so_many_times_at_once(place: Place) -> None:
     # A list that is not read waits with its first page; of an own connection there is one.
     greedy = place.actor(CAROL)
     greedy(caller.begin_calls, TCP, f"{API}/ListConnections", 2)
-    while greedy(caller.call, TCP, f"{API}/ListConnections", b"").code != "RESOURCE_EXHAUSTED":
-        pass
+    wait_for("RESOURCE_EXHAUSTED", greedy, "ListConnections")
 
     assert greedy(caller.call, TCP, f"{API}/WhoAmI", b"").code == "OK"
     greedy.exit()
