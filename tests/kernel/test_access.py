@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import time
@@ -567,6 +568,30 @@ def test_a_port_that_is_taken_is_not_shared_and_is_said_in_one_line(
 
     assert f"127.0.0.1:{PORT}: in use by another process" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+
+
+def test_nobody_can_share_the_port_not_even_root(place: Place) -> None:
+    sharing = (socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+    for route in (V4, V6):
+        with pytest.raises(OSError, match="Address already in use"):
+            place.askers[ROOT](steps.bind, route, PORT, (sharing,))
+
+
+def test_a_daemon_that_does_not_see_its_own_callers_says_so_and_answers_nobody(
+    cgroup: Cgroup, hook_set: str
+) -> None:
+    outside = "--tcp", "--tcp-port", str(PORT)  # of the captured cgroup, where the tests are
+    with ExitStack() as undo:
+        namespace = undo.enter_context(NetworkNamespace())
+        daemon = undo.enter_context(Daemon(cgroup, hook_set, *outside, namespace=namespace))
+        asker = undo.enter_context(closing(undo.enter_context(Origin(cgroup)).actor()))
+        asker(steps.enter_network_namespace, Descriptor(namespace.fd))
+        asker(caller.prepare, [str(PROJECT), str(PROJECT / "clients"), *sys.path])
+        reply = asker(caller.call, TCP, f"{API}/GetStatus", b"")
+        log = daemon.log()
+
+    assert reply.code == "UNAUTHENTICATED"
+    assert "start it within the captured cgroup" in log
 
 
 def test_a_host_without_ipv6_is_served_over_ipv4(cgroup: Cgroup, hook_set: str) -> None:
