@@ -12,12 +12,12 @@ was admitted as it stays until its end.
 from __future__ import annotations
 
 import os
+import stat
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from operator import itemgetter
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
-from typing import Final
+from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from google.rpc import code_pb2
@@ -51,6 +51,13 @@ _MENDS: Final = {
     "ask over the unix socket",
     Reason.RETIRED: "your connection has been closed; connect again",
 }
+
+
+class _Peer(NamedTuple):
+    """Address, as text, and port of a client."""
+
+    host: str
+    port: int
 
 
 class Callers:
@@ -120,33 +127,45 @@ class Callers:
         Returns:
             How many were closed by user; None for all of whom there is no record.
         """
-        closed: Counter[int | None] = Counter()
-        connections: dict[int | None, list[tuple[int, socket]]] = {}
-        with ExitStack() as opened:
-            for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - there may be thousands
-                connection = _duplicate(int(name))
-                if connection is None:
-                    continue
-                opened.enter_context(connection)
-                try:
-                    if connection.getsockname()[1] != self.port:
-                        continue
-                    host, port = connection.getpeername()[:2]
-                except OSError:  # it listens, or is closed by now
-                    continue
-                found = self._connection(host.removeprefix("::ffff:"), port)
+        surplus: dict[int | None, list[tuple[int, int, _Peer]]] = {}
+        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - there may be thousands
+            if peer := self._peer(int(name)):
+                found = self._connection(*peer)
                 if not isinstance(found, Answer):
-                    connections.setdefault(None, []).append((0, connection))
+                    surplus.setdefault(None, []).append((0, int(name), peer))
                 elif not self._policy.access(found.peer).sees_all:
-                    of_user = connections.setdefault(found.peer.euid, [])
-                    of_user.append((found.established_time_ns, connection))
-            for uid, of_user in connections.items():
-                of_user.sort(key=itemgetter(0))
-                for _, connection in of_user[MAX_CONNECTIONS_PER_USER:]:
-                    with suppress(OSError):
-                        connection.shutdown(SHUT_RDWR)
-                    closed[uid] += 1
+                    of_user = surplus.setdefault(found.peer.euid, [])
+                    of_user.append((found.established_time_ns, int(name), peer))
+        closed: Counter[int | None] = Counter()
+        for uid, of_user in surplus.items():
+            of_user.sort()
+            for _, descriptor, peer in of_user[MAX_CONNECTIONS_PER_USER:]:
+                closed[uid] += self._peer(descriptor, to_be_closed=peer) == peer
         return closed
+
+    def _peer(self, descriptor: int, to_be_closed: _Peer | None = None) -> _Peer | None:
+        """Who is connected to the port over a descriptor of this process, if it is for that.
+
+        A connection whose peer is the one `to_be_closed` is shut down.
+        """
+        with ExitStack() as opened, suppress(OSError):
+            # A duplicate stays the same connection, whatever gRPC closes meanwhile.
+            duplicate = os.dup(descriptor)
+            opened.callback(os.close, duplicate)
+            if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
+                return None
+            connection = socket(fileno=duplicate)
+            opened.callback(connection.detach)
+            if connection.family not in (AF_INET, AF_INET6):
+                return None
+            if connection.getsockname()[1] != self.port:
+                return None
+            host, port = connection.getpeername()[:2]  # one that listens has none
+            peer = _Peer(host.removeprefix("::ffff:"), port)
+            if peer == to_be_closed:
+                connection.shutdown(SHUT_RDWR)
+            return peer
+        return None
 
     def knows(self, host: str, port: int) -> bool:
         """Whether there is a record of a connection from that end to this port."""
@@ -188,20 +207,3 @@ class Callers:
             counter[uid] -= 1
             if not counter[uid]:
                 del counter[uid]
-
-
-def _duplicate(descriptor: int) -> socket | None:
-    """A descriptor of the same TCP socket, which stays the same whatever gRPC closes."""
-    try:
-        duplicate = os.dup(descriptor)
-    except OSError:
-        return None
-    try:
-        connection = socket(fileno=duplicate)
-    except OSError:
-        os.close(duplicate)
-        return None
-    if connection.family in (AF_INET, AF_INET6):
-        return connection
-    connection.close()
-    return None

@@ -138,14 +138,13 @@ async def serving(
         callers = Callers(tcp.store, tcp.port, tcp.policy, refusals) if tcp else None
         if callers:
             servers.append(_listening_on_loopback(callers))
-        for each in servers:
-            await each.start()
-        if callers:
-            await _warn_if_blind(callers)
         tasks = [asyncio.create_task(_log_refusals(refusals))]
-        if callers:
-            tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
         try:
+            for each in servers:
+                await each.start()
+            if callers:
+                await _warn_if_blind(callers)
+                tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
             unix_socket.publish()
             yield
         finally:
@@ -188,11 +187,14 @@ def _make_room_for_tcp_connections() -> int:
 async def _close_surplus(callers: Callers, refusals: Refusals) -> None:
     while True:
         await asyncio.sleep(CLOSE_SURPLUS_SECONDS)
-        # With so few descriptors nobody has too many.
-        if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
-            closed = await asyncio.to_thread(callers.close_surplus)
-            for uid, times in closed.items():
-                refusals.count(Refused.TOO_MANY_CONNECTIONS, uid, times)
+        try:
+            # With so few descriptors nobody has too many.
+            if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
+                closed = await asyncio.to_thread(callers.close_surplus)
+                for uid, times in closed.items():
+                    refusals.count(Refused.TOO_MANY_CONNECTIONS, uid, times)
+        except OSError as error:
+            log.warning("surplus connections stay for now", reason=error.strerror)
 
 
 async def _warn_if_blind(callers: Callers) -> None:
