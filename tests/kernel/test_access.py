@@ -572,6 +572,16 @@ def test_a_port_that_is_taken_is_not_shared_and_is_said_in_one_line(
     assert "Traceback" not in str(caught.value)
 
 
+def test_a_user_that_does_not_exist_keeps_the_daemon_from_starting(
+    cgroup: Cgroup, hook_set: str
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        Daemon(cgroup, hook_set, "--access-user", "no-such-user")
+
+    assert "access.users: there is no user 'no-such-user'; create it" in str(caught.value)
+    assert "Traceback" not in str(caught.value)
+
+
 def test_nobody_can_share_the_port_not_even_root(place: Place) -> None:
     sharing = (socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
     for route in (V4, V6):
