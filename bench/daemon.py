@@ -67,7 +67,8 @@ def running(*options: str) -> Iterator[Daemon]:
         process = subprocess.Popen(
             [
                 *COMMAND,
-                *("--config", "/dev/null", "--group", "root", "--cgroup", str(captured)),
+                *("--config", "/dev/null", "--group", "root", "--no-tcp"),
+                *("--cgroup", str(captured)),
                 *("--pin-dir", str(pin_dir), "--socket", str(path)),
                 *("--so-peercred-state", str(Path(folder) / "so_peercred.json")),
                 *options,

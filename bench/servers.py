@@ -13,7 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd.server import OPTIONS, handlers
+from peercredd.server import OPTIONS, Gate, handlers
 from peercredd.service import PeerCredentialsService
 from peercredd.store import Store
 
@@ -139,14 +139,27 @@ def _be_server(kind: str, pin_dir: Path, address: str) -> None:
             _serve_with_threads(service, address)
         else:
             run = uvloop.run if kind == "uvloop" else asyncio.run
-            run(_serve_in_loop(service, address))
+            run(_serve_in_loop(store, service, address))
 
 
-async def _serve_in_loop(service: PeerCredentialsService, address: str) -> None:
+async def _serve_in_loop(store: Store, service: PeerCredentialsService, address: str) -> None:
     async def empty(data: bytes, _: Any) -> bytes:
         return _empty(data)
 
-    server = grpc.aio.server(handlers=[*handlers(service), _empty_handler(empty)], options=OPTIONS)
+    server = grpc.aio.server(
+        handlers=[
+            *handlers(
+                store,
+                Gate(
+                    lambda _context, _lists: nullcontext(service),
+                    Places(MAX_OPEN_STREAMS),
+                    counts_early=False,
+                ),
+            ),
+            _empty_handler(empty),
+        ],
+        options=OPTIONS,
+    )
     server.add_insecure_port(address)
     await server.start()
     await asyncio.to_thread(_until_told)

@@ -22,6 +22,10 @@ _ABSOLUTE = r"/[^\x00-\x1f\ud800-\udfff]*"
 """Surrogates are how Python writes bytes that are no UTF-8."""
 
 
+_ACCOUNT = r"\A[^\s:/\x00]+\Z"
+"""The name of a user or group."""
+
+
 def _option(
     help_text: str, allowed: str, *, metavar: str | None = None, **constraints: Any
 ) -> msgspec.Meta:
@@ -97,9 +101,55 @@ class Api(_Table, frozen=True):
             "Group that may ask, besides root. The socket is root:GROUP, mode 0660.",
             "the name of a group",
             metavar="GROUP",
-            pattern=r"\A[^\s:/\x00]+\Z",
+            pattern=_ACCOUNT,
         ),
     ] = defaults.GROUP
+    tcp: Annotated[
+        bool,
+        _option(
+            "Serve on loopback TCP too, at 127.0.0.1 and ::1, for everybody: callers are looked up "
+            "like any other connection, and who may not see all learns about its own.",
+            "true or false",
+        ),
+    ] = defaults.TCP
+    tcp_port: Annotated[
+        int,
+        _number(
+            "Port there. From 1024 on, any user can take it while the daemon is down.", 1, 65_535
+        ),
+    ] = defaults.TCP_PORT
+
+
+class Access(_Table, frozen=True):
+    """Who may learn what over loopback TCP."""
+
+    users: Annotated[
+        list[Annotated[str, msgspec.Meta(pattern=_ACCOUNT)]],
+        _option(
+            "User that learns about every connection over loopback TCP, too, besides root: its "
+            "name or uid.",
+            "a list of users, each a name or a uid",
+            metavar="USER",
+        ),
+    ] = []
+    groups: Annotated[
+        list[Annotated[str, msgspec.Meta(pattern=_ACCOUNT)]],
+        _option(
+            "Group whose members learn about every connection over loopback TCP, too, besides "
+            "api.group: its name or gid.",
+            "a list of groups, each a name or a gid",
+            metavar="GROUP",
+        ),
+    ] = []
+    listener_details: Annotated[
+        bool,
+        _option(
+            "Tell a client all about another user's listener that it is connected to: its name, "
+            "capabilities, cgroup and so on. Without, only what SO_PEERCRED and SO_PEERGROUPS "
+            "would tell it on a unix socket: pid, uid, gid and groups.",
+            "true or false",
+        ),
+    ] = False
 
 
 class SoPeercred(_Table, frozen=True):
@@ -158,9 +208,14 @@ class Config(_Table, frozen=True):
 
     capture: Capture = Capture()
     api: Api = Api()
+    access: Access = Access()
     so_peercred: SoPeercred = SoPeercred()
     sweep: Sweep = Sweep()
     log: Log = Log()
+
+
+_NAMING_TABLES = ("access", "sweep", "log", "so_peercred")
+"""Tables whose options' names say little without them."""
 
 
 class Option(NamedTuple):
@@ -188,9 +243,9 @@ class Option(NamedTuple):
     @property
     def flag(self) -> str:
         """What it is called on the command line, where ``--level`` or ``--interval`` say little."""
-        words = self.key if self.table in ("sweep", "log", "so_peercred") else self.name
-        if self.is_list:  # each time it is given, one of the table's
-            words = self.table
+        words = self.key if self.table in _NAMING_TABLES else self.name
+        if self.is_list:  # each time it is given, one of them
+            words = self.table if self.table == "so_peercred" else self.key.removesuffix("s")
         return "--" + words.replace("_", "-").replace(".", "-")
 
 

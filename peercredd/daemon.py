@@ -14,6 +14,7 @@ from pathlib import Path
 import structlog
 
 from peercredd import children, defaults, logs, pins, preemption, preflight
+from peercredd.access import AccessError, Policy
 from peercredd.config import Config
 from peercredd.libbpf import KernelError
 from peercredd.listen import ListenError
@@ -50,7 +51,14 @@ def _run(config: Config) -> None:
         cgroup = cgroup_directory(config.capture.cgroup)
         with pins.hold(Path(config.capture.pin_dir)):
             asyncio.run(_until_signalled(config, cgroup))
-    except (CgroupError, pins.Held, children.ChildError, ListenError, OptInError) as error:
+    except (
+        CgroupError,
+        pins.Held,
+        children.ChildError,
+        ListenError,
+        OptInError,
+        AccessError,
+    ) as error:
         raise StartError(str(error)) from error
     except KernelError as error:
         raise StartError(str(error.strerror)) from error
@@ -81,6 +89,12 @@ async def _until_signalled(config: Config, cgroup: Path) -> None:
 async def _live(config: Config, cgroup: Path) -> None:
     capture, api = config.capture, config.api
     pin_dir = Path(capture.pin_dir)
+    policy = Policy.of(
+        api.group,
+        config.access.users,
+        config.access.groups,
+        listener_details=config.access.listener_details,
+    )
     loading = children.start(
         "peercredd.loader",
         {
@@ -122,10 +136,12 @@ async def _live(config: Config, cgroup: Path) -> None:
             about["so_peercred"],
         )
         with contextlib.closing(Store(pin_dir, opt_in.rows)) as store:
-            async with following(opt_in), server.serving(store, Path(api.socket), api.group):
+            tcp = server.LoopbackTcp(store, api.tcp_port, policy) if api.tcp else None
+            async with following(opt_in), server.serving(store, Path(api.socket), api.group, tcp):
                 log.info(
                     "serving",
                     socket=api.socket,
+                    tcp_port=api.tcp_port if api.tcp else None,
                     hooks=about["hook_set"],
                     not_in_use=about["unused_hook_sets"],
                     cgroup=str(cgroup),

@@ -30,6 +30,13 @@ SOCKET: Final = "/run/peercredd/peercredd.sock"
 GROUP: Final = "peercredd"
 """Made by packaging's sysusers.d; its members may ask about every connection."""
 
+TCP: Final = True
+"""For everybody who may not open the socket: they learn about what is theirs."""
+
+TCP_PORT: Final = 338
+"""Below 1024, so that nobody without a privilege can stand in for a daemon that is down. IANA has
+assigned none of 334 to 343; and below 512, where bindresvport(3) takes no port for a client."""
+
 SO_PEERCRED_STATE: Final = "/var/lib/peercredd/so_peercred.json"
 """What an administrator enables stays enabled after a reboot; systemd's StateDirectory= makes the
 folder."""
@@ -53,6 +60,9 @@ LOG_FORMAT: Final = "auto"
 LOADER_TIMEOUT_SECONDS: Final = 300
 """A load takes a second, nearly all of it the compiler's; an emulated machine that has other
 work takes more than a minute. Beyond this it hangs."""
+
+REFUSALS_LOG_SECONDS: Final = 60
+"""What callers were refused is logged once in that time, however much it was."""
 
 SWEEPER_TIMEOUT_SECONDS: Final = 60
 """A sweep takes milliseconds; the next one must not wait for a stuck one for ever."""

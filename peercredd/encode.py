@@ -14,6 +14,8 @@ from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd import records
+from peercredd.access import Access, Refusals, Refused, Transport
 from peercredd.records import (
     HAS_AUDIT_SESSION_ID,
     HAS_CAPABILITIES,
@@ -24,10 +26,10 @@ from peercredd.records import (
     HAS_PID_NAMESPACE,
     HAS_START_TIME,
     HAS_USER_NAMESPACE,
-    MAX_GROUPS,
     NO_NEW_PRIVS,
     UNSET_ID,
     V4_MAPPED,
+    WITHHELD,
     Connection,
     Credentials,
 )
@@ -36,11 +38,21 @@ from peercredd.translation import INITIAL
 
 ERROR_DOMAIN = "peercred.v1"
 
+_TRANSPORTS = {
+    Transport.UNIX_SOCKET: pb.TRANSPORT_UNIX_SOCKET,
+    Transport.LOOPBACK_TCP: pb.TRANSPORT_LOOPBACK_TCP,
+}
+
 
 def credentials(message: pb.Credentials, record: Credentials) -> None:
     """Fill `message`; what the kernel did not provide, or has not set, stays absent."""
     known = record.known
     message.pid = record.tgid
+    if known & WITHHELD:
+        message.uid = record.euid
+        message.gid = record.egid
+        _groups(message, record)
+        return
     message.tid = record.tid
     message.uid = record.euid
     message.gid = record.egid
@@ -52,11 +64,7 @@ def credentials(message: pb.Credentials, record: Credentials) -> None:
     message.filesystem_gid = record.fsgid
     message.comm = record.comm.partition(b"\0")[0]
     message.time_ns = record.time_ns
-    count = record.group_count
-    message.group_count = count
-    if count > MAX_GROUPS:
-        message.groups_truncated = True
-    message.groups.extend(memoryview(record.groups[: 4 * min(count, MAX_GROUPS)]).cast("I"))
+    _groups(message, record)
     if known & HAS_START_TIME:
         message.process_start_time_ns = record.process_start_time_ns
     if known & HAS_CAPABILITIES:
@@ -75,6 +83,14 @@ def credentials(message: pb.Credentials, record: Credentials) -> None:
         message.user_namespace = record.user_namespace
     if known & HAS_NETWORK_NAMESPACE:
         message.network_namespace = record.network_namespace
+
+
+def _groups(message: pb.Credentials, record: Credentials) -> None:
+    count = record.group_count
+    message.group_count = count
+    if count > records.MAX_GROUPS:
+        message.groups_truncated = True
+    message.groups.extend(records.groups(record))
 
 
 def answer(message: pb.LookupResponse, found: Answer, basis: pb.Basis.ValueType) -> None:
@@ -127,6 +143,29 @@ def capture(message: pb.GetStatusResponse, status: StoreStatus) -> None:
         message.unused_hook_sets.add(hook_set=hook_set, reason=reason)
     for row in status.so_peercred:
         message.so_peercred.add(**row._asdict())
+
+
+def scope(of: Access) -> pb.Scope.ValueType:
+    """Which connections a caller may learn about."""
+    return pb.SCOPE_ALL if of.sees_all else pb.SCOPE_OWN
+
+
+def refusals(message: pb.GetStatusResponse, refused: Refusals) -> None:
+    """Fill what callers did not get; every reason, those with a count of zero too."""
+    for reason in Refused:
+        message.refusals.add(
+            reason=reason.value, count=refused.counts[reason], description=reason.description
+        )
+
+
+def access(message: pb.WhoAmIResponse, of: Access) -> None:
+    """Fill `message`; who the caller is stays absent where nobody knows."""
+    message.transport = _TRANSPORTS[of.transport]
+    message.scope = scope(of)
+    message.reason = of.why
+    message.listener_details = of.listener_details
+    if of.caller is not None:
+        credentials(message.caller, of.caller)
 
 
 def attachment(message: pb.GetStatusResponse.Attachment, program: str, state: Attachment) -> None:

@@ -1,4 +1,6 @@
-"""A unix socket that appears at its path finished, and that one daemon at a time has.
+"""Where the daemon listens: a unix socket at its path, and a port of loopback.
+
+The socket appears at its path finished, and one daemon at a time has it.
 
 Who binds a path decides too little: gRPC makes the file with whatever mode the
 umask leaves, and deletes a live server's socket that was there. So it binds in a
@@ -7,6 +9,7 @@ private folder, and the finished socket is moved to its place with rename(2).
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import grp
 import os
@@ -22,6 +25,10 @@ from typing import Self
 import structlog
 
 _PATH_LIMIT = 107  # sun_path of unix(7) less the closing NUL
+_LOOPBACK = (
+    (socket.AF_INET, "127.0.0.1", "127.0.0.1"),
+    (socket.AF_INET6, "::1", "[::1]"),
+)
 _UCRED = struct.Struct("=iII")  # struct ucred of unix(7)
 
 log = structlog.get_logger()
@@ -115,6 +122,49 @@ class UnixSocket:
         if self._private_folder.exists():
             (self._private_folder / "socket").unlink(missing_ok=True)
             self._private_folder.rmdir()
+
+
+def free_loopback_addresses(port: int) -> list[str]:
+    """Return where that port can be listened on: 127.0.0.1 and ::1, as gRPC writes them.
+
+    A host without IPv6, or without IPv4, has one of them. gRPC would not say why a port
+    cannot be had, so it is tried here first.
+
+    Raises ListenError.
+    """
+    free = []
+    for family, host, written in _LOOPBACK:
+        try:
+            with socket.socket(family, socket.SOCK_STREAM) as probe:
+                # As gRPC does: connections of the last daemon may still be in TIME_WAIT.
+                probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                probe.bind((host, port))
+                probe.listen()
+        except OSError as error:
+            if error.errno in (errno.EADDRNOTAVAIL, errno.EAFNOSUPPORT):
+                log.info("this host has no such address, so nobody can ask there", address=host)
+                continue
+            if error.errno == errno.EADDRINUSE:
+                raise port_in_use(written, port) from None
+            raise ListenError(
+                f"cannot listen at {written}:{port}: {error.strerror}; choose another port with "
+                "api.tcp_port, or set api.tcp = false"
+            ) from None
+        free.append(written)
+    if not free:
+        raise ListenError(
+            f"cannot listen at port {port}: there is neither 127.0.0.1 nor ::1; bring the loopback "
+            "interface up (`ip link set lo up`), or set api.tcp = false"
+        )
+    return free
+
+
+def port_in_use(address: str, port: int) -> ListenError:
+    """Return the error for a port that somebody else has."""
+    return ListenError(
+        f"{address}:{port}: in use by another process (`ss -ltnp sport = {port}` shows which); "
+        "stop it, choose another port with api.tcp_port, or set api.tcp = false"
+    )
 
 
 @contextmanager

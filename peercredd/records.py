@@ -25,6 +25,10 @@ HAS_START_TIME = 1 << 7
 HAS_CAPABILITIES = 1 << 8
 NO_NEW_PRIVS = 1 << 16
 
+WITHHELD = 1 << 31
+"""Not the kernel's: set by a view on what its callers may know no more of than SO_PEERCRED and
+SO_PEERGROUPS tell on a unix socket."""
+
 
 class Credentials(NamedTuple):
     """``struct credentials``: the fields in the order of the C struct.
@@ -65,6 +69,11 @@ class Credentials(NamedTuple):
 
 
 CREDENTIALS = struct.Struct(f"=4Q17I16s{MAX_GROUPS * 4}sI{MAX_PID_LEVELS * 8}s")
+
+
+def groups(record: Credentials) -> memoryview:
+    """The supplementary groups of a task: the first MAX_GROUPS of ``group_count``."""
+    return memoryview(record.groups[: 4 * min(record.group_count, MAX_GROUPS)]).cast("I")
 
 
 class Tuple(NamedTuple):
@@ -228,3 +237,24 @@ def connection(data: bytes) -> Connection | None:
         listener=credentials(data, LISTENER_OFFSET) if listener else None,
         acceptor=acceptor(data),
     )
+
+
+def whole_connection(data: bytes) -> Connection | None:
+    """Like `connection`, and with the same work whatever is written there."""
+    established, server, client, listener = CONNECTION_HEAD.unpack_from(data)
+    (accepted,) = CONNECTION_ACCEPTED.unpack_from(data, CONNECTION_ACCEPTED_OFFSET)
+    of_listener, of_acceptor = (
+        credentials(data, LISTENER_OFFSET),
+        credentials(data, ACCEPTOR_OFFSET),
+    )
+    decoded = Connection(
+        tuple=Tuple._make(TUPLE.unpack_from(data, CONNECTION_TUPLE_OFFSET)),
+        server_socket_cookie=server,
+        client_socket_cookie=client,
+        listener_socket_cookie=listener,
+        established_time_ns=established,
+        client=credentials(data, CLIENT_OFFSET),
+        listener=of_listener if listener else None,
+        acceptor=of_acceptor if accepted else None,
+    )
+    return decoded if established else None

@@ -1,4 +1,6 @@
-"""The gRPC server: carries `service`, `health` and reflection over a unix socket.
+"""The gRPC servers: carry `service`, `health` and reflection over a unix socket and loopback TCP.
+
+Each transport has a server of its own, so that strangers on TCP take nothing from the socket.
 
 It is asyncio and not a pool of threads: there every open stream holds a thread,
 so a handful of idle clients keeps all others waiting.
@@ -7,12 +9,18 @@ so a handful of idle clients keeps all others waiting.
 from __future__ import annotations
 
 import asyncio
-import functools
+import os
 import resource
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import (
+    AbstractContextManager,
+    asynccontextmanager,
+    contextmanager,
+    nullcontext,
+)
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NoReturn, TypeAlias, TypeVar
+from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -24,27 +32,64 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd.defaults import STOP_GRACE_SECONDS
+from peercredd.access import Policy, Refusals, Refused
+from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers
+from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
-from peercredd.listen import UnixSocket
+from peercredd.listen import UnixSocket, free_loopback_addresses, port_in_use
 from peercredd.service import PeerCredentialsService, RequestError, View
+from peercredd.store import Store
 
 MAX_CONCURRENT_CALLS: Final = 1024
 """Beyond it calls fail with RESOURCE_EXHAUSTED."""
 
 MAX_OPEN_STREAMS: Final = 768
-"""Streams stay open for as long as their caller likes: they never take the places of all calls."""
+"""Of these: streams stay open for as long as their caller likes, and never take all places."""
+
+MAX_CONCURRENT_TCP_CALLS: Final = 512
+"""Likewise on loopback TCP: 128 MB, should each of them hold a message of the greatest size. One
+user has at most `callers.MAX_CALLS_PER_USER` of them."""
+
+MAX_OPEN_TCP_STREAMS: Final = 384
+"""Likewise."""
+
+REQUEST_SECONDS: Final = 10
+"""For the message of a call that has one, from its beginning."""
+
+_MAX_MESSAGE: Final = 256 * 1024
+"""1,000 keys with the longest addresses take some 150 KB."""
+
+MAX_CONNECTIONS: Final = 4096
+"""On the unix socket; an idle one costs some 15 KB. Fewer where the process may not have that many
+descriptors."""
+
+MAX_TCP_CONNECTIONS: Final = 2048
+"""Likewise on loopback TCP."""
 
 SPARE_DESCRIPTORS: Final = 256
 """What the daemon has open besides connections: maps, links, what it reads."""
 
+CLOSE_SURPLUS_SECONDS: Final = 1.0
+
+_CONNECTIONS_OPTION: Final = "grpc.max_allowed_incoming_connections"
+
 OPTIONS: Final = (
-    # 1,000 keys with the longest addresses take some 150 KB.
-    ("grpc.max_receive_message_length", 256 * 1024),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
     ("grpc.max_concurrent_streams", 128),
-    # An idle one costs some 15 KB.
-    ("grpc.max_allowed_incoming_connections", 4096),
     ("grpc.max_connection_idle_ms", 10 * 60 * 1000),
+)
+
+TCP_OPTIONS: Final = (
+    # With it, somebody of the daemon's uid could share the port.
+    ("grpc.so_reuseport", 0),
+    ("grpc.max_receive_message_length", _MAX_MESSAGE),
+    ("grpc.max_metadata_size", 4096),
+    ("grpc.max_concurrent_streams", 32),
+    # Strangers hold what they do not use for seconds, not minutes.
+    ("grpc.max_connection_idle_ms", 30 * 1000),
+    ("grpc.server_handshake_timeout_ms", 5 * 1000),
+    # Or gRPC lets a connection send ahead ever more.
+    ("grpc.http2.bdp_probe", 0),
 )
 
 _PEER_CREDENTIALS = pb.DESCRIPTOR.services_by_name["PeerCredentials"].full_name
@@ -55,6 +100,10 @@ _TOO_MANY_STREAMS = Status(
     code=code_pb2.RESOURCE_EXHAUSTED,
     message="as many streams are open as the daemon takes; ask with single calls, or later",
 )
+_TOO_SLOW = Status(
+    code=code_pb2.DEADLINE_EXCEEDED,
+    message=f"the call's message did not come within {REQUEST_SECONDS} s; send it at once",
+)
 _INTERNAL = Status(code=code_pb2.INTERNAL, message="internal error, see the daemon's log")
 _CODES = {code.value[0]: code for code in grpc.StatusCode}
 
@@ -64,61 +113,113 @@ _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
+Service: TypeAlias = PeerCredentialsService
+Admit: TypeAlias = Callable[[_Context, bool], AbstractContextManager[Service]]
+"""Yields what answers a call for as long as it runs, told whether it is a ListConnections. Raises
+RequestError for a caller who gets no answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoopbackTcp:
+    """Serving everybody at 127.0.0.1 and ::1."""
+
+    store: Store
+    port: int
+    policy: Policy
+
 
 @asynccontextmanager
-async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
-    """Serve on the unix socket `path` for as long as the ``async with`` block runs.
+async def serving(
+    view: View, path: Path, group: str, tcp: LoopbackTcp | None = None
+) -> AsyncIterator[None]:
+    """Serve on the unix socket `path`, and on `tcp`, for as long as the ``async with`` block runs.
 
     The block begins when clients can connect, so say there that the daemon is
     ready, and wait for what ends it. On leaving, calls under way get
     STOP_GRACE_SECONDS.
 
-    A second listener with other rights is a second `grpc.aio` server in the same
-    loop, with `handlers()` of a service that has another view.
+    Both are listened on before the first call is answered.
 
     Raises `listen.ListenError`.
     """
+    refusals = Refusals()
+    max_connections, max_tcp_connections = _connections_with_descriptors()
     with UnixSocket(path, group) as unix_socket:
+        service = PeerCredentialsService(view, refusals=refusals)
+
+        def everybody(_context: _Context, _lists: bool) -> AbstractContextManager[Service]:
+            return nullcontext(service)
+
         server = grpc.aio.server(
-            handlers=handlers(PeerCredentialsService(view)),
-            options=_with_descriptors(OPTIONS),
+            handlers=handlers(view, Gate(everybody, Places(MAX_OPEN_STREAMS), counts_early=False)),
+            options=(*OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
         server.add_insecure_port(f"unix:{unix_socket.private_path}")
-        await server.start()
+        servers = [server]
+        callers = Callers(tcp.store, tcp.port, tcp.policy, refusals) if tcp else None
+        if callers:
+            servers.append(_listening_on_loopback(callers, max_tcp_connections))
+        tasks = [asyncio.create_task(_log_refusals(refusals))]
         try:
+            for each in servers:
+                await each.start()
+            if callers:
+                await _warn_if_blind(callers)
+                tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
             unix_socket.publish()
             yield
         finally:
-            await server.stop(STOP_GRACE_SECONDS)
+            for task in tasks:
+                task.cancel()
+            refusals.write_log()
+            await asyncio.gather(*(each.stop(STOP_GRACE_SECONDS) for each in servers))
 
 
-def _with_descriptors(options: Iterable[tuple[str, int]]) -> list[tuple[str, int]]:
-    """Get the descriptors that all connections need; or allow fewer connections."""
-    most = "grpc.max_allowed_incoming_connections"
-    wanted = dict(options)
-    needed = wanted[most] + SPARE_DESCRIPTORS
+def _listening_on_loopback(callers: Callers, max_connections: int) -> grpc.aio.Server:
+    def known(context: _Context, lists: bool) -> AbstractContextManager[Service]:
+        return callers.admitted(context.peer(), lists=lists)
+
+    server = grpc.aio.server(
+        handlers=handlers(
+            callers.store, Gate(known, Places(MAX_OPEN_TCP_STREAMS), counts_early=True)
+        ),
+        options=(*TCP_OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
+        maximum_concurrent_rpcs=MAX_CONCURRENT_TCP_CALLS,
+    )
+    for address in free_loopback_addresses(callers.port):
+        try:
+            server.add_insecure_port(f"{address}:{callers.port}")
+        except RuntimeError:  # gRPC does not say why
+            raise port_in_use(address, callers.port) from None
+    return server
+
+
+def _connections_with_descriptors() -> tuple[int, int]:
+    """How many connections there may be on each transport; gets descriptors for them."""
+    wanted = MAX_CONNECTIONS + MAX_TCP_CONNECTIONS
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    allowed = needed if hard == unlimited else min(needed, hard)
-    if soft != unlimited and soft < allowed:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
-        soft = allowed
-    if soft != unlimited:
-        wanted[most] = max(1, min(wanted[most], soft - SPARE_DESCRIPTORS))
-    return list(wanted.items())
+    if soft == resource.RLIM_INFINITY:
+        return MAX_CONNECTIONS, MAX_TCP_CONNECTIONS
+    needed = wanted + SPARE_DESCRIPTORS
+    if soft < needed:
+        soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    room = max(0, min(wanted, soft - SPARE_DESCRIPTORS))
+    return max(1, room * MAX_CONNECTIONS // wanted), max(1, room * MAX_TCP_CONNECTIONS // wanted)
 
 
-class _Places:
-    """How many streams are open; `MAX_OPEN_STREAMS` at most."""
+class Places:
+    """How many streams are open, and how many may be."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int) -> None:
+        self._most = most
         self._taken = 0
 
     @contextmanager
     def one(self) -> Iterator[None]:
         """Take a place for a stream. Raises RequestError where there is none."""
-        if self._taken >= MAX_OPEN_STREAMS:
+        if self._taken >= self._most:
             raise RequestError(_TOO_MANY_STREAMS)
         self._taken += 1
         try:
@@ -127,31 +228,95 @@ class _Places:
             self._taken -= 1
 
 
-def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
+async def _close_surplus(callers: Callers, refusals: Refusals) -> None:
+    while True:
+        await asyncio.sleep(CLOSE_SURPLUS_SECONDS)
+        try:
+            # With so few descriptors nobody has too many.
+            if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
+                closed = await asyncio.to_thread(callers.close_surplus)
+                for uid, times in closed.items():
+                    refusals.count(Refused.TOO_MANY_CONNECTIONS, uid, times)
+        except OSError as error:
+            log.warning("surplus connections stay for now", reason=error.strerror)
+
+
+async def _warn_if_blind(callers: Callers) -> None:
+    """Make a connection to the daemon itself, and see that the table knows it."""
+    try:
+        _, connection = await asyncio.open_connection("127.0.0.1", callers.port)
+    except OSError:  # a host without IPv4
+        return
+    host, port = connection.get_extra_info("sockname")
+    try:
+        # The server's socket may be born an instant after connect() returns.
+        for _ in range(20):
+            if callers.knows(host, port):
+                return
+            await asyncio.sleep(0.05)
+    finally:
+        connection.close()
+    log.warning(
+        "callers on loopback TCP cannot be told, so all are refused: connections to the daemon "
+        "are not recorded; start it within the captured cgroup, or set api.tcp = false"
+    )
+
+
+async def _log_refusals(refusals: Refusals) -> None:
+    while True:
+        await asyncio.sleep(REFUSALS_LOG_SECONDS)
+        refusals.write_log()
+
+
+class Gate(NamedTuple):
+    """How calls come to a server."""
+
+    admit: Admit
+    streams: Places
+    counts_early: bool
+    """Whether a caller is known, and counted, before the message of its call has come. gRPC is
+    told then that the call takes a stream of messages, which on the wire is the same, and costs
+    some 50 µs more."""
+
+    def unary(self, handle: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Carry calls of one message and one answer."""
+        if self.counts_early:
+            return grpc.stream_unary_rpc_method_handler(handle)
+        return grpc.unary_unary_rpc_method_handler(handle)
+
+    def server_stream(self, handle: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
+        """Carry calls of one message and many answers."""
+        if self.counts_early:
+            return grpc.stream_stream_rpc_method_handler(handle)
+        return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def handlers(view: View, gate: Gate) -> list[grpc.GenericRpcHandler]:
     """Return all of the API, for a `grpc.aio` server.
 
     Messages are decoded here and not by gRPC, which would answer garbage with
     UNKNOWN and a traceback in the log.
     """
-    health = HealthService(service.capture_in_place)
+    health = HealthService(view.is_attached)
     reflector = reflection.aio.ReflectionServicer(
         (_PEER_CREDENTIALS, _HEALTH, reflection.SERVICE_NAME)
     )
 
     turn = asyncio.Lock()
-    places = _Places()
 
     async def lookups(
-        requests: AsyncIterator[pb.LookupStreamRequest],
+        service: Service, requests: AsyncIterator[pb.LookupStreamRequest]
     ) -> AsyncIterator[pb.LookupStreamResponse]:
         async for request in requests:
             yield service.lookup_stream(request)
 
-    def batch(request: pb.BatchLookupRequest) -> AsyncIterator[pb.BatchLookupResponse]:
+    def batch(
+        service: Service, request: pb.BatchLookupRequest
+    ) -> AsyncIterator[pb.BatchLookupResponse]:
         return _in_turns(service.batch_lookup(request), turn)
 
     async def connections(
-        request: pb.ListConnectionsRequest,
+        service: Service, request: pb.ListConnectionsRequest
     ) -> AsyncIterator[pb.ListConnectionsResponse]:
         async for page in _in_turns(service.list_connections(request), turn):
             if page.connections:
@@ -159,22 +324,31 @@ def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
 
     api = {
         _PEER_CREDENTIALS: {
-            "Lookup": _unary(service.lookup, pb.LookupRequest),
-            "BatchLookup": _merged(batch, pb.BatchLookupRequest),
-            "LookupStream": _stream(lookups, pb.LookupStreamRequest, places),
-            "ListConnections": _server_stream(connections, pb.ListConnectionsRequest, places),
-            "GetStatus": _unary(service.get_status, pb.GetStatusRequest),
+            "Lookup": _unary(gate, Service.lookup, pb.LookupRequest),
+            "BatchLookup": _merged(gate, batch, pb.BatchLookupRequest),
+            "LookupStream": _stream(gate, lookups, pb.LookupStreamRequest),
+            "ListConnections": _server_stream(
+                gate, connections, pb.ListConnectionsRequest, lists=True
+            ),
+            "GetStatus": _unary(gate, Service.get_status, pb.GetStatusRequest),
+            "WhoAmI": _unary(gate, Service.who_am_i, pb.WhoAmIRequest),
         },
         _HEALTH: {
-            "Check": _unary(health.check, health_pb2.HealthCheckRequest),
-            "List": _unary(health.list, health_pb2.HealthListRequest),
-            "Watch": _server_stream(health.watch, health_pb2.HealthCheckRequest, places),
+            "Check": _unary(
+                gate, lambda _, request: health.check(request), health_pb2.HealthCheckRequest
+            ),
+            "List": _unary(
+                gate, lambda _, request: health.list(request), health_pb2.HealthListRequest
+            ),
+            "Watch": _server_stream(
+                gate, lambda _, request: health.watch(request), health_pb2.HealthCheckRequest
+            ),
         },
         reflection.SERVICE_NAME: {
             "ServerReflectionInfo": _stream(
-                functools.partial(reflector.ServerReflectionInfo, unused_context=None),
+                gate,
+                lambda _, requests: reflector.ServerReflectionInfo(requests, unused_context=None),
                 reflection_pb2.ServerReflectionRequest,
-                places,
             ),
         },
     }
@@ -182,15 +356,29 @@ def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
 
 
 def _unary(
-    method: Callable[[_Request], _Response], request_type: type[_Request]
+    gate: Gate,
+    method: Callable[[Service, _Request], _Response],
+    request_type: type[_Request],
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def handle(data: bytes, context: _Context) -> bytes:
+    async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
-            return method(request_type.FromString(data)).SerializeToString()
+            with gate.admit(context, False) as service:
+                request = await _received(data, request_type)
+                return method(service, request).SerializeToString()
         except Exception as error:
             await _abort(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return gate.unary(handle)
+
+
+async def _received(data: bytes | AsyncIterator[bytes], request_type: type[_Request]) -> _Request:
+    """Decode the one message of a call, having waited for it where gRPC has not."""
+    if isinstance(data, bytes):
+        return request_type.FromString(data)
+    async with asyncio.timeout(REQUEST_SECONDS):
+        async for message in data:
+            return request_type.FromString(message)
+    raise DecodeError("the call has no message")
 
 
 async def _in_turns(pages: Iterator[_Response], turn: asyncio.Lock) -> AsyncIterator[_Response]:
@@ -205,39 +393,45 @@ async def _in_turns(pages: Iterator[_Response], turn: asyncio.Lock) -> AsyncIter
 
 
 def _merged(
-    method: Callable[[_Request], AsyncIterator[_Response]], request_type: type[_Request]
+    gate: Gate,
+    method: Callable[[Service, _Request], AsyncIterator[_Response]],
+    request_type: type[_Request],
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def handle(data: bytes, context: _Context) -> bytes:
+    async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
-            pages = method(request_type.FromString(data))
-            # By protobuf's encoding, messages one after the other are one merged message.
-            return b"".join([page.SerializeToString() async for page in pages])
+            with gate.admit(context, False) as service:
+                pages = method(service, await _received(data, request_type))
+                # By protobuf's encoding, messages one after the other are one merged message.
+                return b"".join([page.SerializeToString() async for page in pages])
         except Exception as error:
             await _abort(context, error)
 
-    return grpc.unary_unary_rpc_method_handler(handle)
+    return gate.unary(handle)
 
 
 def _server_stream(
-    method: Callable[[_Request], AsyncIterator[_Response]],
+    gate: Gate,
+    method: Callable[[Service, _Request], AsyncIterator[_Response]],
     request_type: type[_Request],
-    places: _Places,
+    *,
+    lists: bool = False,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def handle(data: bytes, context: _Context) -> AsyncIterator[bytes]:
+    async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
-            with places.one():
-                async for response in method(request_type.FromString(data)):
+            with gate.streams.one(), gate.admit(context, lists) as service:
+                request = await _received(data, request_type)
+                async for response in method(service, request):
                     yield response.SerializeToString()
         except Exception as error:
             await _abort(context, error)
 
-    return grpc.unary_stream_rpc_method_handler(handle)
+    return gate.server_stream(handle)
 
 
 def _stream(
-    method: Callable[[AsyncIterator[_Request]], AsyncIterator[_Response]],
+    gate: Gate,
+    method: Callable[[Service, AsyncIterator[_Request]], AsyncIterator[_Response]],
     request_type: type[_Request],
-    places: _Places,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def decoded(messages: AsyncIterator[bytes]) -> AsyncIterator[_Request]:
         async for data in messages:
@@ -245,8 +439,8 @@ def _stream(
 
     async def handle(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
-            with places.one():
-                async for response in method(decoded(messages)):
+            with gate.streams.one(), gate.admit(context, False) as service:
+                async for response in method(service, decoded(messages)):
                     yield response.SerializeToString()
         except Exception as error:
             await _abort(context, error)
@@ -259,6 +453,8 @@ async def _abort(context: _Context, error: Exception) -> NoReturn:
         status = error.status
     elif isinstance(error, DecodeError):
         status = _MALFORMED
+    elif isinstance(error, TimeoutError):
+        status = _TOO_SLOW
     else:
         log.error("call failed", exc_info=error)
         status = _INTERNAL

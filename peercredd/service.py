@@ -21,9 +21,10 @@ from google.rpc.status_pb2 import Status
 import peercredd
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import encode, keys
+from peercredd.access import ON_UNIX_SOCKET, Access, Refusals
 from peercredd.records import V4_MAPPED, Connection
 from peercredd.store import Answer, Attachment, Reason, StoreStatus
-from peercredd.translation import NamespaceUnknown, Processes, Viewpoint
+from peercredd.translation import INITIAL, NamespaceUnknown, Processes, Viewpoint
 
 MAX_BATCH_KEYS = 1000
 PAGE = 100
@@ -39,6 +40,8 @@ _NOT_FOUND = {
         "see 'peercred status'",
         Reason.RETIRED: "that connection was recorded and has been closed since",
         Reason.NOT_LOCAL: "one end of that connection is not an address of this host",
+        Reason.NOT_VISIBLE: "there is no such connection, or none that you may learn about; "
+        "'peercred whoami' shows what you may ask",
     }.items()
 }
 _CAPTURE_LOST = encode.error(
@@ -97,9 +100,25 @@ class PeerCredentialsService:
     Every method raises `RequestError`.
     """
 
-    def __init__(self, view: View) -> None:
+    def __init__(
+        self,
+        view: View,
+        access: Access = ON_UNIX_SOCKET,
+        refusals: Refusals | None = None,
+        processes: Processes | None = None,
+    ) -> None:
+        """Answer callers with this access, whose view it is.
+
+        Args:
+            view: what they may learn about.
+            access: what they are told of that.
+            refusals: what callers on loopback TCP did not get.
+            processes: shared by services that ask for the same namespaces.
+        """
         self._view = view
-        self._processes = Processes()
+        self._access = access
+        self._refusals = refusals or Refusals()
+        self._processes = processes or Processes()
 
     def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
         """Answer one key."""
@@ -177,8 +196,17 @@ class PeerCredentialsService:
             netns_cookie=self._view.own_netns_cookie,
         )
         encode.capture(response, self._view.status())
+        response.scope = encode.scope(self._access)
+        if self._access.sees_all:
+            encode.refusals(response, self._refusals)
         for program, state in self._view.attachments().items():
             encode.attachment(response.attachments.add(), program, state)
+        return response
+
+    def who_am_i(self, _: pb.WhoAmIRequest) -> pb.WhoAmIResponse:
+        """Say who the daemon takes the caller for, and what that caller may ask."""
+        response = pb.WhoAmIResponse()
+        encode.access(response, self._access)
         return response
 
     def capture_in_place(self) -> bool:
@@ -192,6 +220,10 @@ class PeerCredentialsService:
         if not request.HasField("namespaces"):
             return None
         try:
+            for asked, namespace in request.namespaces.ListFields():
+                initial = getattr(INITIAL, asked.name)
+                if namespace != initial and not self._access.may_name(asked.name, namespace):
+                    raise NamespaceUnknown(asked.name, namespace)
             return Viewpoint(request.namespaces, self._processes)
         except NamespaceUnknown as error:
             field = f"namespaces.{error.field}"
@@ -237,7 +269,8 @@ class PeerCredentialsService:
             netns_cookie = key.netns_cookie or self._view.own_netns_cookie
             found = self._view.find_by_tuple(netns_cookie, *key.endpoints)
         if isinstance(found, Reason):
-            if found is Reason.NEVER_SEEN:
+            # Of one that may not be learnt about as much is asked as of one that is not there.
+            if found in (Reason.NEVER_SEEN, Reason.NOT_VISIBLE):
                 if not capture_in_place():
                     raise RequestError(_CAPTURE_LOST)
                 if self._leaves_the_host(key):

@@ -27,6 +27,10 @@ from peercredd.records import Connection, Credentials, Tuple
 from peercredd.so_peercred import Row
 
 _COOKIE = struct.Struct("=Q")
+_NO_COOKIE = bytes(8)
+"""No socket has it: sock_gen_cookie() begins at 1."""
+_MOST_LOOKUPS = 4
+"""As many find something, or find nothing, in one search by tuple; by socket it is fewer."""
 _DROP_COUNT = struct.Struct("=Q")
 _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _FTRACE = Path("/proc/sys/kernel/ftrace_enabled")
@@ -41,6 +45,8 @@ class Reason(Enum):
     TABLE_WAS_FULL = "TABLE_WAS_FULL"
     RETIRED = "RETIRED"
     NOT_LOCAL = "NOT_LOCAL"
+    NOT_VISIBLE = "NOT_VISIBLE"
+    """All of the others, for a caller that may not learn which: see `access`."""
 
 
 class Answer(NamedTuple):
@@ -55,6 +61,15 @@ class Answer(NamedTuple):
     established_time_ns: int
     acceptor: Credentials | None
     """Of the task that accepted the connection, where that was seen: a fact beside the answer."""
+
+
+class Sighting(NamedTuple):
+    """A whole connection as one of its ends asks for it, and how many map lookups it took."""
+
+    connection: Connection | None
+    asker_is_server: bool
+    hits: int
+    misses: int
 
 
 class Attachment(NamedTuple):
@@ -179,12 +194,58 @@ class Store:
         as_server = pack(netns_cookie, remote, local, remote_port, local_port)
         as_client = pack(netns_cookie, local, remote, local_port, remote_port)
         for key, asker_is_server in ((as_server, True), (as_client, False)):
-            if data := self._newest(key):
+            data, _ = self._newest(key)
+            if data:
                 return _answer(data, asker_is_server)
         reason = self._absence(records.hash_of_tuple(as_server))
         if reason is Reason.NEVER_SEEN:
             reason = self._absence(records.hash_of_tuple(as_client))
         return reason
+
+    def sight_by_socket(self, cookie: int) -> Sighting:
+        """What `find_by_socket` would answer from, with both ends of it."""
+        key = _COOKIE.pack(cookie)
+        as_server = self._connections.lookup(key)
+        if as_server and not records.ends(as_server).server_gone:
+            return Sighting(records.whole_connection(as_server), True, 1, 0)
+        server = self._by_client.lookup(key)
+        data = self._connections.lookup(server) if server else None
+        found = records.whole_connection(data) if data else None
+        if found and found.client_socket_cookie != cookie:
+            found = None
+        hits = sum(value is not None for value in (as_server, server, data))
+        return Sighting(found, False, hits, 2 + (server is not None) - hits)
+
+    def sight_by_tuple(
+        self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
+    ) -> Sighting:
+        """What `find_by_tuple` would answer from, with both ends of it."""
+        pack = records.TUPLE.pack
+        hits = misses = 0
+        for key, asker_is_server in (
+            (pack(netns_cookie, remote, local, remote_port, local_port), True),
+            (pack(netns_cookie, local, remote, local_port, remote_port), False),
+        ):
+            data, done = self._newest(key)
+            hits, misses = hits + done[0], misses + done[1]
+            if data:
+                return Sighting(records.whole_connection(data), asker_is_server, hits, misses)
+        return Sighting(None, False, hits, misses)
+
+    def spend(self, sighting: Sighting, present: int) -> None:
+        """Make up for what a sighting took less than the longest one that there could be.
+
+        Args:
+            sighting: it took so many lookups, and decoded a record if it has one.
+            present: cookie of a server socket that has a record.
+        """
+        data = None
+        for _ in range(_MOST_LOOKUPS - sighting.hits):
+            data = self._connections.lookup(_COOKIE.pack(present)) or data
+        for _ in range(_MOST_LOOKUPS - sighting.misses):
+            self._connections.lookup(_NO_COOKIE)
+        if data and not sighting.connection:
+            records.whole_connection(data)
 
     def server_cookies(self) -> list[int]:
         """The cookies of all server sockets that have a record now."""
@@ -245,14 +306,20 @@ class Store:
         self._resources.callback(opened.close)
         return opened
 
-    def _newest(self, key: bytes) -> bytes | None:
-        """The record that the tuple's index points to, if it is still of that tuple."""
+    def _newest(self, key: bytes) -> tuple[bytes | None, tuple[int, int]]:
+        """The record that the tuple's index points to, if it is still of that tuple.
+
+        Besides it, how many lookups found something, and how many nothing.
+        """
         server = self._by_tuple.lookup(key)
-        data = self._connections.lookup(server) if server else None
+        if not server:
+            return None, (0, 1)
+        data = self._connections.lookup(server)
+        if not data:
+            return None, (1, 1)
         start = records.CONNECTION_TUPLE_OFFSET
-        if data and data[start : start + records.TUPLE.size] == key and any(data[:8]):
-            return data
-        return None
+        is_current = data[start : start + records.TUPLE.size] == key and any(data[:8])
+        return data if is_current else None, (2, 0)
 
     def _absence(self, subject: int) -> Reason:
         slot = self._absences.lookup(records.absence_slot(subject))

@@ -10,7 +10,7 @@ import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final, Literal, TypeAlias, TypeVar
 
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.records import (
@@ -30,8 +30,19 @@ INITIAL: Final = pb.Namespaces(
 )
 """Those of every record. Not to be changed."""
 
-_UID_FIELDS: Final = ("uid", "real_uid", "saved_uid", "filesystem_uid")
-_GID_FIELDS: Final = ("gid", "real_gid", "saved_gid", "filesystem_gid")
+_IdField: TypeAlias = Literal[
+    "uid",
+    "real_uid",
+    "saved_uid",
+    "filesystem_uid",
+    "gid",
+    "real_gid",
+    "saved_gid",
+    "filesystem_gid",
+]
+
+_UID_FIELDS: Final[tuple[_IdField, ...]] = ("uid", "real_uid", "saved_uid", "filesystem_uid")
+_GID_FIELDS: Final[tuple[_IdField, ...]] = ("gid", "real_gid", "saved_gid", "filesystem_gid")
 
 _TICK_NS: Final = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 _START_TIME: Final = 19
@@ -183,10 +194,10 @@ class UserNamespace:
 
     def translate(self, message: pb.Credentials) -> None:
         """Replace the numbers of the initial namespace by those of this one."""
-        for field in _UID_FIELDS:
-            setattr(message, field, self._uids.shown(getattr(message, field)))
-        for field in _GID_FIELDS:
-            setattr(message, field, self._gids.shown(getattr(message, field)))
+        for fields, ids in ((_UID_FIELDS, self._uids), (_GID_FIELDS, self._gids)):
+            for field in fields:
+                if message.HasField(field):
+                    setattr(message, field, ids.shown(getattr(message, field)))
         message.groups[:] = map(self._gids.shown, message.groups)
         if message.HasField("login_uid"):
             # Without a number it reads (uid_t)-1 there, which is also how "not set" reads.
@@ -226,13 +237,14 @@ class Viewpoint:
         if self._users:
             self._users.translate(message)
         if self._pids:
+            knows_thread = message.HasField("tid")
             message.ClearField("pid")
             message.ClearField("tid")
             pid = self._pids.pid(record)
             if pid is not None:
                 message.pid = pid
             # Of a process's threads only the first has a number that is known there: its own.
-            if pid and record.tid == record.tgid:
+            if pid and knows_thread and record.tid == record.tgid:
                 message.tid = pid
 
 

@@ -115,7 +115,7 @@ def daemon(folder: Path, captured: Path) -> Iterator[str]:
         undo.callback(lambda: subprocess.run(["umount", bpffs], check=True))
         process = subprocess.Popen(
             [
-                *(executable("peercredd"), "--config", "/dev/null", "--group", "root"),
+                *(executable("peercredd"), "--config", "/dev/null", "--group", "root", "--no-tcp"),
                 *("--cgroup", captured, "--pin-dir", bpffs / "pins", "--socket", path),
             ],
             env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify")},

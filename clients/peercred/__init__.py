@@ -18,6 +18,7 @@ from peercred.errors import (
     Unavailable,
 )
 from peercred.types import (
+    Access,
     Attachment,
     Basis,
     Connection,
@@ -27,13 +28,17 @@ from peercred.types import (
     Endpoint,
     Namespaces,
     PeerCredentials,
+    Refusal,
+    Scope,
     SoPeercred,
     Status,
     Table,
+    Transport,
     UnusedHookSet,
 )
 
 __all__ = [
+    "Access",
     "AsyncClient",
     "Attachment",
     "Basis",
@@ -49,10 +54,13 @@ __all__ = [
     "NotFound",
     "PeerCredError",
     "PeerCredentials",
+    "Refusal",
     "Refused",
+    "Scope",
     "SoPeercred",
     "Status",
     "Table",
+    "Transport",
     "Unavailable",
     "UnusedHookSet",
 ]

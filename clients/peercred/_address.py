@@ -1,22 +1,26 @@
-"""Where the daemon is, how to reach it, and why nobody answers there."""
+"""Where the daemon is, how to reach it, whether to believe it, and why nobody answers there."""
 
 from __future__ import annotations
 
 import os
 import re
 import socket
+from ipaddress import IPv4Address, IPv6Address, ip_address
+from typing import NamedTuple
 from urllib.parse import unquote
 
+from peercred import _trust
 from peercred.errors import InvalidArgument, PeerCredError, Refused, Unavailable
 
 DEFAULT_ADDRESS = "unix:/run/peercredd/peercredd.sock"
+DEFAULT_TCP_ADDRESSES = ("127.0.0.1:338", "[::1]:338")
 ENVIRONMENT_VARIABLE = "PEERCRED_ADDRESS"
 
 _SUN_PATH_MAX = 107
 """Bytes of a path that ``struct sockaddr_un`` holds beside the closing NUL, unix(7)."""
 
-_OTHER_ADDRESS = re.compile(r"unix-abstract:.+|.+:[0-9]+")
-"""What gRPC takes besides a path. It would look up a lone word as a host name."""
+_ABSTRACT = "unix-abstract:"
+_TCP_ADDRESS = re.compile(r"(?:ipv[46]:)?(?P<host>[^:\[\]]+|\[[^\]]*\]):(?P<port>[0-9]{1,5})")
 
 _NO_CONNECTION = "failed to connect to all addresses"
 """How gRPC's text begins when no connection came about, or none that the server kept."""
@@ -43,10 +47,8 @@ def resolve(address: str | None) -> str:
         raise InvalidArgument(f"{source} is a bare path; write unix:{address}", source)
     path = _unix_path(address)
     if path is None:
-        if not _OTHER_ADDRESS.fullmatch(address):
-            raise InvalidArgument(
-                f"{source} {address!r} is no address; write unix:/path or HOST:PORT", source
-            )
+        if not address.startswith(_ABSTRACT):
+            _endpoint(address, source)
         return address
     if not path or (address.startswith("unix://") and not path.startswith("/")):
         raise InvalidArgument(
@@ -58,6 +60,114 @@ def resolve(address: str | None) -> str:
             source,
         )
     return address
+
+
+class Daemon:
+    """Which daemon a client asks: where it is, and whether it is one to be believed.
+
+    Without an address it is the unix socket if it may be connected to, else loopback TCP if
+    somebody listens there; and that is decided again after every call that failed.
+
+    Raises:
+        InvalidArgument: No daemon can have that address, or there is no such user.
+
+    """
+
+    def __init__(self, address: str | None, trusted_user: str | int | None) -> None:
+        self._automatic = address is None and ENVIRONMENT_VARIABLE not in os.environ
+        self._trusted = _trust.trusted_uids(trusted_user)
+        self._sure = False
+        self.address = _choose() if self._automatic else resolve(address)
+
+    def checked(self) -> str:
+        """Return the address to ask at, having seen that who serves there may be believed.
+
+        Raises:
+            Refused: Somebody else serves there.
+
+        """
+        if not self._sure:
+            if self._automatic:
+                self.address = _choose()
+            self._sure = self._is_to_be_believed()
+        return self.address
+
+    def check_again(self) -> None:
+        """See, after an answer, that it was not somebody else's by now.
+
+        Raises:
+            Refused: It may have been.
+
+        """
+        if not self._sure:
+            self._is_to_be_believed()
+
+    def doubt(self) -> None:
+        """Look again before the next call: this one had no answer."""
+        self._sure = False
+
+    def _is_to_be_believed(self) -> bool:
+        """Raises Refused if not; returns whether that holds until a call fails."""
+        address = self.address
+        if address.startswith(_ABSTRACT):
+            _trust.check_abstract(address, address.removeprefix(_ABSTRACT), self._trusted)
+            return True
+        path = _unix_path(address)
+        if path is not None:
+            _trust.check_path(address, path, self._trusted)
+            return False
+        host, port = _endpoint(address, "address")
+        return _trust.check_port(address, host, port, self._trusted) and _trust.is_privileged(port)
+
+
+def _choose() -> str:
+    """The best daemon there is for who asks. None of the default ones: that with the best error."""
+    if os.access(unquote(DEFAULT_ADDRESS.removeprefix("unix:")), os.W_OK, effective_ids=True):
+        return DEFAULT_ADDRESS
+    for address in DEFAULT_TCP_ADDRESSES:
+        if _trust.somebody_listens(*_endpoint(address, "address")):
+            return address
+    return DEFAULT_ADDRESS
+
+
+class _Port(NamedTuple):
+    host: IPv4Address | IPv6Address
+    port: int
+
+
+def _endpoint(address: str, source: str) -> _Port:
+    """Read HOST:PORT; raises InvalidArgument unless it is a port of loopback."""
+    parts = _TCP_ADDRESS.fullmatch(address)
+    if not parts:
+        raise InvalidArgument(
+            f"{source} {address!r} is no address; write unix:/path or HOST:PORT", source
+        )
+    host, port = parts["host"].strip("[]"), int(parts["port"])
+    try:
+        ip = ip_address("127.0.0.1" if host == "localhost" else host)
+    except ValueError:
+        raise InvalidArgument(
+            f"{source} {address!r} has a host name, and names are not looked up; "
+            "write 127.0.0.1:PORT or [::1]:PORT",
+            source,
+        ) from None
+    if isinstance(ip, IPv6Address):
+        ip = ip.ipv4_mapped or ip
+    if not ip.is_loopback or not 0 < port < 65536:
+        raise InvalidArgument(
+            f"{source} {address!r} is no port of this host's loopback; write 127.0.0.1:PORT or "
+            "[::1]:PORT",
+            source,
+        )
+    return _Port(ip, port)
+
+
+def target(address: str) -> str:
+    """Return what gRPC is to connect to, without looking anything up."""
+    if address.startswith("unix"):
+        return address
+    host, port = _endpoint(address, "address")
+    return f"ipv4:{host}:{port}" if isinstance(host, IPv4Address) else f"ipv6:[{host}]:{port}"
 
 
 def channel_options(address: str) -> list[tuple[str, str | int]]:
@@ -99,8 +209,9 @@ def why_silent(address: str, details: str) -> PeerCredError:
             )
         except PermissionError:
             return Refused(
-                f"you may not connect to {address}; be root, or join the group peercredd "
-                "(`sudo usermod -aG peercredd USER`, then log in again)"
+                f"you may not connect to {address}; ask over loopback TCP "
+                f"({DEFAULT_TCP_ADDRESSES[0]}) about what is yours, be root, or join the group "
+                "peercredd (`sudo usermod -aG peercredd USER`, then log in again)"
             )
         except BlockingIOError:
             return _crowded(address)

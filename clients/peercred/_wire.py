@@ -31,6 +31,7 @@ from peercred.errors import (
     Unavailable,
 )
 from peercred.types import (
+    Access,
     Attachment,
     Basis,
     Connection,
@@ -40,9 +41,12 @@ from peercred.types import (
     Endpoint,
     Namespaces,
     PeerCredentials,
+    Refusal,
+    Scope,
     SoPeercred,
     Status,
     Table,
+    Transport,
     UnusedHookSet,
 )
 from peercred.v1 import peer_credentials_pb2 as pb
@@ -73,6 +77,11 @@ _UNSET_ID = 2**32 - 1
 """(uid_t)-1, which nobody has."""
 
 _ENDS = {pb.END_CLIENT: End.CLIENT, pb.END_SERVER: End.SERVER}
+_SCOPES = {pb.SCOPE_ALL: Scope.ALL, pb.SCOPE_OWN: Scope.OWN}
+_TRANSPORTS = {
+    pb.TRANSPORT_UNIX_SOCKET: Transport.UNIX_SOCKET,
+    pb.TRANSPORT_LOOPBACK_TCP: Transport.LOOPBACK_TCP,
+}
 _BASES = {pb.BASIS_SOCKET: Basis.SOCKET, pb.BASIS_TUPLE: Basis.TUPLE}
 
 
@@ -340,6 +349,32 @@ def status(response: pb.GetStatusResponse) -> Status:
             SoPeercred(s.target, s.source, s.cgroup or None, s.attached, s.waiting, s.detail)
             for s in response.so_peercred
         ),
+        refusals=tuple(Refusal(r.reason, r.count, r.description) for r in response.refusals),
+        # A daemon that does not say has none but callers who see all.
+        scope=_SCOPES.get(response.scope, Scope.ALL),
+    )
+
+
+def access(response: pb.WhoAmIResponse) -> Access:
+    """Decode who the daemon takes the caller for.
+
+    Raises:
+        PeerCredError: It says what this library does not know.
+
+    """
+    try:
+        transport, scope = _TRANSPORTS[response.transport], _SCOPES[response.scope]
+    except KeyError:
+        raise PeerCredError(
+            "the daemon's answer does not say what you may ask; upgrade this library to the "
+            "daemon's version"
+        ) from None
+    return Access(
+        transport=transport,
+        scope=scope,
+        reason=response.reason,
+        caller=Credentials(**_fields(response.caller)) if response.HasField("caller") else None,
+        listener_details=response.listener_details,
     )
 
 

@@ -6,16 +6,19 @@ import asyncio
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self, TypeVar
+from typing import TYPE_CHECKING, Self, TypeVar
 
 import grpc
 import grpc.aio
 
 from peercred import _address, _wire
-from peercred.errors import PeerCredError
-from peercred.types import Connection, Namespaces, PeerCredentials, Status
+from peercred.errors import PeerCredError, Refused, Unavailable
+from peercred.types import Access, Connection, Namespaces, PeerCredentials, Status
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
+
+if TYPE_CHECKING:
+    from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsAsyncStub
 
 _Request = TypeVar("_Request")
 _Response = TypeVar("_Response")
@@ -28,18 +31,28 @@ class AsyncClient:
     same time. ``writer.get_extra_info("socket")`` is a socket it can be asked about.
 
     Args:
-        address: Where the daemon is, in gRPC's syntax (``unix:/path``). Without it, the
-            environment's PEERCRED_ADDRESS, else ``unix:/run/peercredd/peercredd.sock``.
+        address: Where the daemon is: ``unix:/path``, or a port of loopback such as
+            ``127.0.0.1:338``. Without it, the environment's PEERCRED_ADDRESS, else the best you may
+            use: ``unix:/run/peercredd/peercredd.sock`` if you may connect to it, else
+            ``127.0.0.1:338`` or ``[::1]:338``.
         timeout: Seconds to wait for each answer of the daemon.
+        trusted_user: Name or uid of a user whose daemon is believed, besides root's and
+            peercredd's. Without it, the environment's PEERCRED_TRUSTED_USER.
 
     Raises:
-        InvalidArgument: The address or the timeout makes no sense.
+        InvalidArgument: The address, the timeout or the user makes no sense.
         PeerCredError: No event loop runs.
 
     """
 
-    def __init__(self, address: str | None = None, *, timeout: float = 5.0) -> None:
-        self.address = _address.resolve(address)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout: float = 5.0,
+        trusted_user: str | int | None = None,
+    ) -> None:
+        self._daemon = _address.Daemon(address, trusted_user)
         self.timeout = _wire.checked_timeout(timeout)
         try:
             asyncio.get_running_loop()
@@ -48,10 +61,29 @@ class AsyncClient:
                 "no event loop runs: make an AsyncClient inside the coroutine that uses it"
             ) from None
         self._closed = False
-        self._channel = grpc.aio.insecure_channel(
-            self.address, options=_address.channel_options(self.address)
-        )
-        self._stub = PeerCredentialsStub(self._channel)
+        self._channels: dict[str, grpc.aio.Channel] = {}
+        self._connect()
+
+    @property
+    def address(self) -> str:
+        """Where it asks; without an address of your own, that may change as daemons come and go."""
+        return self._daemon.address
+
+    @property
+    def _stub(self) -> PeerCredentialsAsyncStub:
+        """What to call, which is to be believed; raises Refused where nobody is."""
+        if self._daemon.checked() != self._connected_to and not self._closed:
+            self._connect()
+        return self._connected
+
+    def _connect(self) -> None:
+        self._connected_to = address = self._daemon.address
+        # Those of addresses left behind stay open, for the calls under way there.
+        if address not in self._channels:
+            self._channels[address] = grpc.aio.insecure_channel(
+                _address.target(address), options=_address.channel_options(address)
+            )
+        self._connected = PeerCredentialsStub(self._channels[address])
 
     async def __aenter__(self) -> Self:
         return self
@@ -67,7 +99,8 @@ class AsyncClient:
     async def close(self) -> None:
         """Close the connection to the daemon; calls under way in other tasks fail."""
         self._closed = True
-        await self._channel.close()
+        for channel in self._channels.values():
+            await channel.close()
 
     async def lookup(
         self, sock: _wire.Socket, *, namespaces: Namespaces | None = None
@@ -123,6 +156,10 @@ class AsyncClient:
         """Return what the daemon says of itself; see `Client.status`."""
         return _wire.status(await self._call(self._stub.GetStatus, pb.GetStatusRequest()))
 
+    async def access(self) -> Access:
+        """Return who the daemon takes you for, and what you may ask."""
+        return _wire.access(await self._call(self._stub.WhoAmI, pb.WhoAmIRequest()))
+
     async def _lookup(
         self, key: pb.ConnectionKey, namespaces: Namespaces | None
     ) -> PeerCredentials:
@@ -133,7 +170,9 @@ class AsyncClient:
         self, method: grpc.aio.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
     ) -> _Response:
         with self._typed_errors():
-            return await method(request, timeout=self.timeout)
+            answer = await method(request, timeout=self.timeout)
+        self._daemon.check_again()
+        return answer
 
     async def _connections(self, request: pb.ListConnectionsRequest) -> AsyncIterator[Connection]:
         with self._typed_errors():
@@ -147,6 +186,7 @@ class AsyncClient:
                         response = await anext(responses, None)
                 if response is None:
                     return
+                self._daemon.check_again()
                 for message in response.connections:
                     yield _wire.connection(message)
         finally:
@@ -157,7 +197,10 @@ class AsyncClient:
         try:
             yield
         except grpc.RpcError as error:
-            raise _wire.error_of_call(error, self.address, self.timeout) from error
+            answer = _wire.error_of_call(error, self.address, self.timeout)
+            if isinstance(answer, (Unavailable, Refused)):
+                self._daemon.doubt()
+            raise answer from error
         except TimeoutError as error:
             raise _wire.no_answer_within(self.address, self.timeout) from error
         except grpc.aio.UsageError as error:

@@ -11,8 +11,8 @@ from typing import Self, TypeVar
 import grpc
 
 from peercred import _address, _wire
-from peercred.errors import PeerCredError
-from peercred.types import Connection, Namespaces, PeerCredentials, Status
+from peercred.errors import PeerCredError, Refused, Unavailable
+from peercred.types import Access, Connection, Namespaces, PeerCredentials, Status
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
 
@@ -31,31 +31,60 @@ class Client:
     GRPC_ENABLE_FORK_SUPPORT=0; then every call in the child hangs, whatever the timeout.
 
     Args:
-        address: Where the daemon is, in gRPC's syntax (``unix:/path``). Without it, the
-            environment's PEERCRED_ADDRESS, else ``unix:/run/peercredd/peercredd.sock``.
+        address: Where the daemon is: ``unix:/path``, or a port of loopback such as
+            ``127.0.0.1:338``. Without it, the environment's PEERCRED_ADDRESS, else the best you may
+            use: ``unix:/run/peercredd/peercredd.sock`` if you may connect to it, else
+            ``127.0.0.1:338`` or ``[::1]:338``.
         timeout: Seconds to wait for each answer of the daemon.
+        trusted_user: Name or uid of a user whose daemon is believed, besides root's and
+            peercredd's. Without it, the environment's PEERCRED_TRUSTED_USER.
 
     Every lookup takes `namespaces`: whose process, user and group ids the answers are to have, such
     as ``Namespaces.own()``. Without, they have those of the initial namespaces. The daemon has to
     see a process in each, else the lookup raises `InvalidArgument`.
 
     Every method raises `Unavailable` where no daemon answers (`DeadlineExceeded` where it does not
-    in time), `Refused` where you may not ask, and `PeerCredError` for an answer that lacks what it
-    must have or on a closed client.
+    in time), `Refused` where you may not ask or who serves is not to be believed, and
+    `PeerCredError` for an answer that lacks what it must have or on a closed client.
 
     Raises:
-        InvalidArgument: The address or the timeout makes no sense.
+        InvalidArgument: The address, the timeout or the user makes no sense.
 
     """
 
-    def __init__(self, address: str | None = None, *, timeout: float = 5.0) -> None:
-        self.address = _address.resolve(address)
+    def __init__(
+        self,
+        address: str | None = None,
+        *,
+        timeout: float = 5.0,
+        trusted_user: str | int | None = None,
+    ) -> None:
+        self._daemon = _address.Daemon(address, trusted_user)
         self.timeout = _wire.checked_timeout(timeout)
         self._closed = False
-        self._channel = grpc.insecure_channel(
-            self.address, options=_address.channel_options(self.address)
-        )
-        self._stub = PeerCredentialsStub(self._channel)
+        self._channels: dict[str, grpc.Channel] = {}
+        self._connect()
+
+    @property
+    def address(self) -> str:
+        """Where it asks; without an address of your own, that may change as daemons come and go."""
+        return self._daemon.address
+
+    @property
+    def _stub(self) -> PeerCredentialsStub:
+        """What to call, which is to be believed; raises Refused where nobody is."""
+        if self._daemon.checked() != self._connected_to and not self._closed:
+            self._connect()
+        return self._connected
+
+    def _connect(self) -> None:
+        self._connected_to = address = self._daemon.address
+        # Those of addresses left behind stay open, for the calls under way there.
+        if address not in self._channels:
+            self._channels[address] = grpc.insecure_channel(
+                _address.target(address), options=_address.channel_options(address)
+            )
+        self._connected = PeerCredentialsStub(self._channels[address])
 
     def __enter__(self) -> Self:
         return self
@@ -71,7 +100,8 @@ class Client:
     def close(self) -> None:
         """Close the connection to the daemon; calls under way in other threads fail."""
         self._closed = True
-        self._channel.close()
+        for channel in self._channels.values():
+            channel.close()
 
     def lookup(
         self, sock: _wire.Socket, *, namespaces: Namespaces | None = None
@@ -173,6 +203,10 @@ class Client:
         """Return what the daemon says of itself: its version, its tables, what it had to drop."""
         return _wire.status(self._call(self._stub.GetStatus, pb.GetStatusRequest()))
 
+    def access(self) -> Access:
+        """Return who the daemon takes you for, and what you may ask."""
+        return _wire.access(self._call(self._stub.WhoAmI, pb.WhoAmIRequest()))
+
     def _lookup(self, key: pb.ConnectionKey, namespaces: Namespaces | None) -> PeerCredentials:
         request = _wire.lookup_request(key, namespaces)
         return _wire.peer_credentials(self._call(self._stub.Lookup, request), namespaces)
@@ -181,7 +215,9 @@ class Client:
         self, method: grpc.UnaryUnaryMultiCallable[_Request, _Response], request: _Request
     ) -> _Response:
         with self._typed_errors():
-            return method(request, timeout=self.timeout)
+            answer = method(request, timeout=self.timeout)
+        self._daemon.check_again()
+        return answer
 
     def _connections(self, request: pb.ListConnectionsRequest) -> Iterator[Connection]:
         with self._typed_errors():
@@ -209,6 +245,7 @@ class Client:
                     watchdog.cancel()
                 if response is None:
                     return
+                self._daemon.check_again()
                 yield from map(_wire.connection, response.connections)
         finally:
             call.cancel()
@@ -220,6 +257,9 @@ class Client:
         except grpc.RpcError as error:
             if self._closed and error.code() is grpc.StatusCode.CANCELLED:
                 raise PeerCredError("the client was closed during the call") from error
-            raise _wire.error_of_call(error, self.address, self.timeout) from error
+            answer = _wire.error_of_call(error, self.address, self.timeout)
+            if isinstance(answer, (Unavailable, Refused)):
+                self._daemon.doubt()
+            raise answer from error
         except ValueError as error:
             raise PeerCredError("the client is closed: make a new one") from error

@@ -18,6 +18,8 @@ class NotFound(PeerCredError):  # noqa: N818 - reads as the answer it is
     - ``TABLE_WAS_FULL``: it was seen, and there was no room to record it.
     - ``RETIRED``: it was recorded, and both ends have been closed since.
     - ``NOT_LOCAL``: its other end is not on this host.
+    - ``NOT_VISIBLE``: any of these, or it is not yours to learn about: over loopback TCP
+      the daemon does not say which to who may not see all.
     - ``""``: the daemon did not say.
     """
 
@@ -44,4 +46,8 @@ class DeadlineExceeded(Unavailable):
 
 
 class Refused(PeerCredError):  # noqa: N818
-    """The daemon, or its socket's permissions, do not let you ask."""
+    """You may not ask, or must not believe who would answer.
+
+    The daemon or its socket's permissions do not let you; or who serves there is neither
+    root nor the daemon's user.
+    """

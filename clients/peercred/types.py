@@ -215,6 +215,45 @@ class SoPeercred:
     """Why it is not attached."""
 
 
+class Transport(Enum):
+    """How a question reaches the daemon."""
+
+    UNIX_SOCKET = "unix socket"
+    LOOPBACK_TCP = "loopback TCP"
+
+
+class Scope(Enum):
+    """Which connections you may learn about."""
+
+    ALL = "all"
+    OWN = "own"
+    """Those that you serve, and of those that you made who listens."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Access:
+    """Who the daemon takes you for, and what you may ask."""
+
+    transport: Transport
+    scope: Scope
+    reason: str
+    """Why it is that scope, for people."""
+    caller: Credentials | None
+    """Of your connection to the daemon, in numbers of the initial namespaces; None on the unix
+    socket, where the daemon is not told."""
+    listener_details: bool
+    """Whether clients learn more of others' listeners than SO_PEERCRED would tell."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """Something that callers on loopback TCP asked for and did not get."""
+
+    reason: str
+    count: int
+    description: str
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Status:
     """What the daemon says of itself."""
@@ -234,3 +273,8 @@ class Status:
     netns_cookie: int
     unused_hook_sets: tuple[UnusedHookSet, ...] = ()
     so_peercred: tuple[SoPeercred, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    """Since the daemon started."""
+    scope: Scope = Scope.ALL
+    """With OWN nothing is said that tells of others: `cgroup` is empty, and so are all tables,
+    drops, cgroups that SO_PEERCRED is answered in, and refusals."""

@@ -7,24 +7,30 @@ from collections.abc import Iterable, Iterator
 from types import TracebackType
 from typing import Any, Self
 
-from peercred import AsyncClient, Connection, PeerCredentials, PeerCredError, Status
+from peercred import Access, AsyncClient, Connection, PeerCredentials, PeerCredError, Status
 
 
 class BlockingTwin:
     """An AsyncClient and an event loop of its own."""
 
-    def __init__(self, address: str | None = None, *, timeout: float = 5.0) -> None:
+    def __init__(self, address: str | None = None, **named: Any) -> None:
         self._runner = asyncio.Runner()
 
         async def make() -> AsyncClient:
-            return AsyncClient(address, timeout=timeout)
+            return AsyncClient(address, **named)
 
         try:
             self._client = self._runner.run(make())
         except PeerCredError:
             self._runner.close()
             raise
-        self.address = self._client.address
+
+    @property
+    def address(self) -> str:
+        return self._client.address
+
+    def access(self) -> Access:
+        return self._runner.run(self._client.access())
 
     def __enter__(self) -> Self:
         return self

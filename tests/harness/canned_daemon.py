@@ -63,6 +63,9 @@ class CannedDaemon(PeerCredentialsServicer):
         """What every batch gets, in place of the answers to its keys."""
         self.pages: list[pb.ListConnectionsResponse | Status] = []
         self.status: pb.GetStatusResponse | Status = pb.GetStatusResponse()
+        self.access: pb.WhoAmIResponse | Status = pb.WhoAmIResponse(
+            transport=pb.TRANSPORT_UNIX_SOCKET, scope=pb.SCOPE_ALL, reason="it may"
+        )
         self.release = threading.Event()
         """What a call waits for before it answers."""
         self.release.set()
@@ -125,6 +128,11 @@ class CannedDaemon(PeerCredentialsServicer):
         if isinstance(self.status, Status):
             fail(context, self.status)
         return self.status
+
+    def WhoAmI(self, request: pb.WhoAmIRequest, context: Any) -> pb.WhoAmIResponse:
+        if isinstance(self.access, Status):
+            fail(context, self.access)
+        return self.access
 
     def _answer(self, key: pb.ConnectionKey) -> pb.LookupResponse | Status:
         self.keys.append(key)

@@ -16,6 +16,7 @@ from types import TracebackType
 
 import peercred
 from harness.cgroup import Cgroup
+from harness.netns import NetworkNamespace
 from harness.patience import CALL_SECONDS, patient
 
 RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
@@ -33,6 +34,9 @@ class Daemon:
     Without a cgroup it covers the host: that is for the `trace` hook set only, which
     attaches nothing to the root cgroup.
 
+    With a `tcp_port` it serves on loopback TCP too, in its `namespace` if it gets one; and it is
+    in the cgroup itself, or it would not know its callers.
+
     Captured sockets answer getsockopt(SO_PEERCRED) too, unless `so_peercred` is false.
 
     Unless options say otherwise it does not sweep: what a test leaves in a table was
@@ -46,6 +50,8 @@ class Daemon:
         *options: str,
         pin_dir: Path | None = None,
         so_peercred: bool = True,
+        tcp_port: int = 0,
+        namespace: NetworkNamespace | None = None,
     ) -> None:
         assert cgroup or hook_set == "trace"
         self.hook_set = hook_set
@@ -66,6 +72,8 @@ class Daemon:
                 [
                     # Should the tests be killed, the daemon does not outlive them.
                     *("setpriv", "--pdeathsig", "TERM", "--"),
+                    *(_in_cgroup(cgroup) if cgroup and tcp_port else ()),
+                    *(("nsenter", f"--net=/proc/self/fd/{namespace.fd}") if namespace else ()),
                     *(sys.executable, "-m", "peercredd"),
                     *("--config", str(configuration)),
                     *("--cgroup", str(cgroup.path) if cgroup else "root"),
@@ -73,6 +81,7 @@ class Daemon:
                     *("--pin-dir", str(self.pin_dir)),
                     *("--socket", str(self.socket)),
                     *("--group", "root"),
+                    *(("--tcp-port", str(tcp_port)) if tcp_port else ("--no-tcp",)),
                     *("--sweep-interval-seconds", _NEVER),
                     *("--so-peercred-state", str(folder / "so_peercred.json")),
                     *(("--so-peercred", "all") if so_peercred else ()),
@@ -82,6 +91,7 @@ class Daemon:
                 stdout=log,
                 stderr=log,
                 env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify")},
+                pass_fds=[namespace.fd] if namespace else [],
             )
         try:
             self._wait_until_ready()
@@ -155,6 +165,11 @@ class Daemon:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _in_cgroup(cgroup: Cgroup) -> list[str]:
+    """The words of a command that puts what comes behind into a cgroup."""
+    return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(cgroup.path / "cgroup.procs")]
 
 
 def occupancy(client: peercred.Client) -> dict[str, int]:

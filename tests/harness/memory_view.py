@@ -18,7 +18,7 @@ from peercredd.records import (
     Credentials,
     Tuple,
 )
-from peercredd.store import Answer, Attachment, Drop, Reason, StoreStatus, Table
+from peercredd.store import Answer, Attachment, Drop, Reason, Sighting, StoreStatus, Table
 
 OWN_NETNS = 1
 LOOPBACK = V4_MAPPED + bytes([127, 0, 0, 1])
@@ -103,6 +103,8 @@ class MemoryView:
         self.counts: dict[str, tuple[int | None, int | None]] = {}
         """Runs and missed runs, of the programs that have such figures."""
         self.attachments_asked = 0
+        self.spent = 0
+        """How often a search was made as long as the longest one."""
 
     def find_by_socket(self, cookie: int) -> Answer | Reason:
         for found in self.connections.values():
@@ -121,6 +123,27 @@ class MemoryView:
             if found.tuple == (netns_cookie, local, remote, local_port, remote_port):
                 return _answer(found, asker_is_server=False)
         return Reason.NEVER_SEEN
+
+    def sight_by_socket(self, cookie: int) -> Sighting:
+        for found in self.connections.values():
+            if cookie == found.server_socket_cookie:
+                return Sighting(found, True, 1, 0)
+            if cookie == found.client_socket_cookie:
+                return Sighting(found, False, 1, 1)
+        return Sighting(None, False, 0, 2)
+
+    def sight_by_tuple(
+        self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
+    ) -> Sighting:
+        for found in self.connections.values():
+            if found.tuple == (netns_cookie, remote, local, remote_port, local_port):
+                return Sighting(found, True, 2, 0)
+            if found.tuple == (netns_cookie, local, remote, local_port, remote_port):
+                return Sighting(found, False, 2, 1)
+        return Sighting(None, False, 0, 2)
+
+    def spend(self, sighting: Sighting, present: int) -> None:
+        self.spent += 1
 
     def server_cookies(self) -> list[int]:
         return list(self.connections)

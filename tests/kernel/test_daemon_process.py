@@ -53,6 +53,7 @@ class Process:
             *("--pin-dir", str(self.pin_dir)),
             *("--socket", str(self.socket)),
             *("--group", "root"),
+            "--no-tcp",
             *("--log-format", "json"),
             *self.options,
             *arguments,

@@ -597,6 +597,71 @@ def test_whoami_explains_why_nothing_may_be_known(peercred: Peercred, canned: Ca
     assert "captured cgroup, which `peercred status` names" in only_error(done)
 
 
+LIMITED = pb.WhoAmIResponse(
+    transport=pb.TRANSPORT_LOOPBACK_TCP,
+    scope=pb.SCOPE_OWN,
+    reason="you are nobody in particular",
+    caller=pb.Credentials(pid=4711, uid=0, gid=0),
+)
+
+
+def test_whoami_shows_what_one_may_ask_and_why(peercred: Peercred, canned: CannedDaemon) -> None:
+    unlimited = peercred("whoami").stdout
+    canned.access = LIMITED
+    limited = peercred("whoami").stdout
+
+    assert row(unlimited, "may ask about") == "all connections"
+    assert row(unlimited, "asked over") == f"unix socket ({canned.address})"
+    assert "permissions" in row(unlimited, "daemon takes you for")
+    assert row(limited, "may ask about") == "your own"
+    assert row(limited, "because") == "you are nobody in particular"
+    assert row(limited, "daemon takes you for") == "0 (root), process 4711"
+    assert row(limited, "asked over").startswith("loopback TCP (")
+
+
+def test_whoami_has_what_one_may_ask_in_its_document(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.access = LIMITED
+    access = json.loads(peercred("whoami", "--json").stdout)["access"]
+
+    caller = access.pop("caller")
+    assert (caller["pid"], caller["uid"], caller["uid_name"]) == (4711, 0, "root")
+    assert access == {
+        "address": canned.address,
+        "transport": "loopback TCP",
+        "scope": "own",
+        "reason": "you are nobody in particular",
+        "listener_details": False,
+    }
+
+
+def test_who_sees_only_its_own_is_not_told_that_tables_are_empty(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.status = pb.GetStatusResponse(scope=pb.SCOPE_OWN)
+
+    shown = peercred("status").stdout
+
+    assert row(shown, "captured cgroup") == "not told to you"
+    assert "not told to you" in shown
+    assert "TABLE" not in shown
+    checks = {
+        check["name"]: check for check in json.loads(peercred("doctor", "--json").stdout)["checks"]
+    }
+    assert "not told to you" in checks["SO_PEERCRED on TCP"]["detail"]
+
+
+def test_status_shows_what_was_refused(peercred: Peercred, canned: CannedDaemon) -> None:
+    assert isinstance(canned.status, pb.GetStatusResponse)
+    canned.status.refusals.add(reason="NOT_VISIBLE", count=5, description="others' connections")
+
+    rows = [line.split() for line in peercred("status").stdout.splitlines()]
+
+    assert ["REFUSED", "ON", "TCP", "COUNT", "MEANING"] in rows
+    assert ["NOT_VISIBLE", "5", "others'", "connections"] in rows
+
+
 # what a process calls itself
 
 

@@ -146,7 +146,10 @@ def test_a_wrong_value_is_refused_with_its_key_and_what_is_allowed(
         ("keep = true", "'keep': unknown option; did you mean capture.keep?"),
         ('api.pin_dir = "/x"', "'api.pin_dir': unknown option; did you mean capture.pin_dir?"),
         ("api.qqqq = 1", "'api.qqqq': unknown option; [api] has socket, group"),
-        ("qqqq = 1", "'qqqq': unknown option; there are the tables capture, api, so_peercred, "),
+        (
+            "qqqq = 1",
+            "'qqqq': unknown option; there are the tables capture, api, access, so_peercred, ",
+        ),
         ('"a\\nb" = 1', "'a\\nb': unknown option; there are"),
     ],
 )

@@ -74,8 +74,17 @@ def test_every_option_has_a_flag_that_sets_it(peercredd: Run) -> None:
         "an absolute path": "/x",
         "the name": "staff",
         "a list of targets": "all",
+        "a list of users": "staff",
+        "a list of groups": "staff",
     }
-    flags = ["--hooks=trace", "--keep", "--log-level=debug", "--log-format=json"]
+    flags = [
+        "--hooks=trace",
+        "--keep",
+        "--no-tcp",
+        "--access-listener-details",
+        "--log-level=debug",
+        "--log-format=json",
+    ]
     for option in OPTIONS.values():
         flags += [
             f"{option.flag}={value}"

@@ -305,9 +305,7 @@ def test_bytes_that_are_no_http2_harm_nobody(channel: grpc.Channel, path: Path) 
 def test_connections_beyond_the_limit_are_closed_and_the_others_served(
     view: MemoryView, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = dict(server.OPTIONS)
-    options["grpc.max_allowed_incoming_connections"] = 10
-    monkeypatch.setattr(server, "OPTIONS", tuple(options.items()))
+    monkeypatch.setattr(server, "MAX_CONNECTIONS", 10)
     with served(view, path) as channel, ExitStack() as flood:
         assert answers(channel)  # by the first of the ten
         greeted = 0

@@ -213,7 +213,7 @@ def test_every_user_and_group_id_is_translated_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("login_uid", [None, 9])
 def test_a_login_uid_without_a_number_there_is_absent(login_uid: int | None) -> None:
-    message = pb.Credentials(login_uid=login_uid)
+    message = pb.Credentials(uid=0, login_uid=login_uid)
 
     UserNamespace(INSIDE, Found(("0 1 4\n", ""))).translate(message)
 

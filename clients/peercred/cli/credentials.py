@@ -25,12 +25,17 @@ ENDS = {
 
 def print_peer(peer: PeerCredentials, *, as_json: bool) -> None:
     """Print the answer to one lookup."""
-    named = _has_this_hosts_names(peer.namespaces)
     if as_json:
-        acceptor = document(peer.acceptor, named=named) if peer.acceptor else None
-        print_json(document(peer, named=named) | {"acceptor": acceptor})
+        print_json(document_of_peer(peer))
     else:
-        print_table(list(_rows(peer, named)))
+        print_table(list(_rows(peer, _has_this_hosts_names(peer.namespaces))))
+
+
+def document_of_peer(peer: PeerCredentials) -> dict[str, object]:
+    """`document` of the answer to one lookup, and of the acceptor in it."""
+    named = _has_this_hosts_names(peer.namespaces)
+    acceptor = document(peer.acceptor, named=named) if peer.acceptor else None
+    return document(peer, named=named) | {"acceptor": acceptor}
 
 
 def document(credentials: Credentials, *, named: bool = True) -> dict[str, object]:

@@ -22,20 +22,22 @@ class Settings:
 
     address: str | None = None
     """gRPC address of the daemon; None leaves the choice to the library."""
+    trust_user: str | None = None
+    """Whose daemon is believed, besides root's and peercredd's."""
     timeout: float = 5.0
     """Seconds to wait for each answer."""
     json: bool = False
 
     def client(self) -> Client:
         """Open a client of the daemon these settings name."""
-        return Client(self.address, timeout=self.timeout)
+        return Client(self.address, timeout=self.timeout, trusted_user=self.trust_user)
 
 
 pass_settings = click.make_pass_decorator(Settings, ensure=True)
 
 
 def common_options(command: Decorated) -> Decorated:
-    """Add ``--address``, ``--timeout`` and ``--json``; their values end up in `Settings`."""
+    """Add ``--address``, ``--trust-user``, ``--timeout`` and ``--json``, which `Settings` gets."""
     for option in (
         click.option(
             "--json",
@@ -57,8 +59,17 @@ def common_options(command: Decorated) -> Decorated:
             metavar="ADDRESS",
             expose_value=False,
             callback=_remember,
-            help="Where the daemon listens: unix:/path or HOST:PORT.  [default: $PEERCRED_ADDRESS, "
-            "or unix:/run/peercredd/peercredd.sock]",
+            help="Where the daemon listens: unix:/path or HOST:PORT on loopback.  [default: "
+            "$PEERCRED_ADDRESS, or unix:/run/peercredd/peercredd.sock, or for who may not connect "
+            "to that 127.0.0.1:338]",
+        ),
+        click.option(
+            "--trust-user",
+            metavar="USER",
+            expose_value=False,
+            callback=_remember,
+            help="Believe a daemon that this user runs; root's and peercredd's are believed "
+            "always.  [default: $PEERCRED_TRUSTED_USER]",
         ),
     ):
         command = option(command)

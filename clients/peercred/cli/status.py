@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import click
 
-from peercred import Attachment, SoPeercred, Status
+from peercred import Attachment, Scope, SoPeercred, Status
 from peercred.cli.display import Styled, print_json, print_line, print_table
 from peercred.cli.settings import Settings, common_options, pass_settings
 
@@ -49,7 +49,7 @@ def _print(answer: Status) -> None:
             ("kernel", answer.kernel_release),
             ("hook set", answer.hook_set),
             *(("unused hook set", f"{u.hook_set}: {u.reason}") for u in answer.unused_hook_sets),
-            ("captured cgroup", answer.cgroup),
+            ("captured cgroup", answer.cgroup or "not told to you"),
             ("capture since", since),
             ("netns cookie", str(answer.netns_cookie)),
             ("missing fields", ", ".join(answer.missing_fields) or "none"),
@@ -68,6 +68,10 @@ def _print(answer: Status) -> None:
             [_opted_in(each) for each in answer.so_peercred],
             ("SO_PEERCRED ON TCP", "SOURCE", "ATTACHED", "CGROUP", "DETAIL"),
         )
+    if answer.scope is Scope.OWN:
+        print_line("Tables, drops and where SO_PEERCRED is answered are not told to you: see")
+        print_line("`peercred whoami`.")
+        return
     print_line("")
     print_table(
         [(table.name, str(table.entries), str(table.max_entries)) for table in answer.tables],
@@ -81,6 +85,15 @@ def _print(answer: Status) -> None:
         ],
         ("DROPPED", "COUNT", "MEANING"),
     )
+    if answer.refusals:
+        print_line("")
+        print_table(
+            [
+                (refusal.reason, str(refusal.count), refusal.description)
+                for refusal in answer.refusals
+            ],
+            ("REFUSED ON TCP", "COUNT", "MEANING"),
+        )
 
 
 def _program(attachment: Attachment) -> tuple[str | Styled, ...]:

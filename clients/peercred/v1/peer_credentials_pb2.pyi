@@ -74,6 +74,56 @@ has them.
 """
 Global___Basis: _TypeAlias = Basis  # noqa: Y015
 
+class _Transport:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _TransportEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Transport.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    TRANSPORT_UNSPECIFIED: _Transport.ValueType  # 0
+    TRANSPORT_UNIX_SOCKET: _Transport.ValueType  # 1
+    """Who may connect is a matter of the socket's permissions."""
+    TRANSPORT_LOOPBACK_TCP: _Transport.ValueType  # 2
+    """Everybody may connect; the daemon looks up who does."""
+
+class Transport(_Transport, metaclass=_TransportEnumTypeWrapper):
+    """How a question reaches the daemon."""
+
+TRANSPORT_UNSPECIFIED: Transport.ValueType  # 0
+TRANSPORT_UNIX_SOCKET: Transport.ValueType  # 1
+"""Who may connect is a matter of the socket's permissions."""
+TRANSPORT_LOOPBACK_TCP: Transport.ValueType  # 2
+"""Everybody may connect; the daemon looks up who does."""
+Global___Transport: _TypeAlias = Transport  # noqa: Y015
+
+class _Scope:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _ScopeEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Scope.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    SCOPE_UNSPECIFIED: _Scope.ValueType  # 0
+    SCOPE_ALL: _Scope.ValueType  # 1
+    """All of them."""
+    SCOPE_OWN: _Scope.ValueType  # 2
+    """At the server's end, those whose listener or acceptor has the caller's
+    effective uid; at the client's end, those whose client has it, and then only
+    their listener. Of others there is no such connection: NOT_FOUND, NOT_VISIBLE.
+    """
+
+class Scope(_Scope, metaclass=_ScopeEnumTypeWrapper):
+    """Which connections a caller may learn about."""
+
+SCOPE_UNSPECIFIED: Scope.ValueType  # 0
+SCOPE_ALL: Scope.ValueType  # 1
+"""All of them."""
+SCOPE_OWN: Scope.ValueType  # 2
+"""At the server's end, those whose listener or acceptor has the caller's
+effective uid; at the client's end, those whose client has it, and then only
+their listener. Of others there is no such connection: NOT_FOUND, NOT_VISIBLE.
+"""
+Global___Scope: _TypeAlias = Scope  # noqa: Y015
+
 @_typing.final
 class Endpoint(_message.Message):
     """One end of a connection."""
@@ -921,6 +971,36 @@ class GetStatusResponse(_message.Message):
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
         def WhichOneof(self, oneof_group: _Never) -> None: ...
 
+    @_typing.final
+    class Refusal(_message.Message):
+        """Something that callers asked for and did not get."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        REASON_FIELD_NUMBER: _builtins.int
+        COUNT_FIELD_NUMBER: _builtins.int
+        DESCRIPTION_FIELD_NUMBER: _builtins.int
+        reason: _builtins.str
+        """NOT_VISIBLE: a connection that is there, and not the caller's.
+        CALLER_UNKNOWN and TOO_MANY_CALLS as in errors. TOO_MANY_CONNECTIONS: those
+        of one user beyond what one may have, which are closed.
+        """
+        count: _builtins.int
+        description: _builtins.str
+        """What the reason means, for people."""
+        def __init__(
+            self,
+            *,
+            reason: _builtins.str = ...,
+            count: _builtins.int = ...,
+            description: _builtins.str = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "description", b"description", "reason", b"reason"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
     VERSION_FIELD_NUMBER: _builtins.int
     HOOK_SET_FIELD_NUMBER: _builtins.int
     KERNEL_RELEASE_FIELD_NUMBER: _builtins.int
@@ -935,6 +1015,8 @@ class GetStatusResponse(_message.Message):
     NETNS_COOKIE_FIELD_NUMBER: _builtins.int
     UNUSED_HOOK_SETS_FIELD_NUMBER: _builtins.int
     SO_PEERCRED_FIELD_NUMBER: _builtins.int
+    REFUSALS_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     hook_set: _builtins.str
     """The hook set that captures: "trace" or "cgroup"."""
@@ -947,6 +1029,10 @@ class GetStatusResponse(_message.Message):
     """The daemon's process."""
     netns_cookie: _builtins.int
     """Network namespace in which a tuple without netns_cookie is looked for."""
+    scope: Global___Scope.ValueType
+    """With SCOPE_OWN nothing is said that tells of others: cgroup, tables, drops,
+    so_peercred and refusals are empty, and attachments have no counts.
+    """
     @_builtins.property
     def capture_start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -965,6 +1051,10 @@ class GetStatusResponse(_message.Message):
     def unused_hook_sets(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.UnusedHookSet]: ...
     @_builtins.property
     def so_peercred(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.SoPeercred]: ...
+    @_builtins.property
+    def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.Refusal]:
+        """What was refused on loopback TCP since the daemon started; every reason."""
+
     def __init__(
         self,
         *,
@@ -982,11 +1072,68 @@ class GetStatusResponse(_message.Message):
         netns_cookie: _builtins.int = ...,
         unused_hook_sets: _abc.Iterable[Global___GetStatusResponse.UnusedHookSet] | None = ...,
         so_peercred: _abc.Iterable[Global___GetStatusResponse.SoPeercred] | None = ...,
+        refusals: _abc.Iterable[Global___GetStatusResponse.Refusal] | None = ...,
+        scope: Global___Scope.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture_start_time", b"capture_start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "so_peercred", b"so_peercred", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "refusals", b"refusals", "scope", b"scope", "so_peercred", b"so_peercred", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___GetStatusResponse: _TypeAlias = GetStatusResponse  # noqa: Y015
+
+@_typing.final
+class WhoAmIRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhoAmIRequest: _TypeAlias = WhoAmIRequest  # noqa: Y015
+
+@_typing.final
+class WhoAmIResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    SCOPE_FIELD_NUMBER: _builtins.int
+    REASON_FIELD_NUMBER: _builtins.int
+    CALLER_FIELD_NUMBER: _builtins.int
+    LISTENER_DETAILS_FIELD_NUMBER: _builtins.int
+    transport: Global___Transport.ValueType
+    scope: Global___Scope.ValueType
+    reason: _builtins.str
+    """Why it is that scope, in one line for people."""
+    listener_details: _builtins.bool
+    """Whether a client learns of another user's listener more than SO_PEERCRED and
+    SO_PEERGROUPS tell on a unix(7) socket.
+    """
+    @_builtins.property
+    def caller(self) -> Global___Credentials:
+        """The task that called connect() for the connection this was asked over; absent on
+        the unix socket. Numbers of the initial namespaces.
+        """
+
+    def __init__(
+        self,
+        *,
+        transport: Global___Transport.ValueType = ...,
+        scope: Global___Scope.ValueType = ...,
+        reason: _builtins.str = ...,
+        caller: Global___Credentials | None = ...,
+        listener_details: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["caller", b"caller", "listener_details", b"listener_details", "reason", b"reason", "scope", b"scope", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WhoAmIResponse: _TypeAlias = WhoAmIResponse  # noqa: Y015

@@ -30,10 +30,15 @@ class PeerCredentialsStub:
     of what the kernel wrote down at connect() and listen().
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
-    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
-    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
+    NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
+    TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
+    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+
+    Who asks over the unix socket learns about every connection. Over loopback TCP
+    the daemon looks the caller's own connection up, and who is not one of those
+    that see all learns about its own connections only; see Scope.
     """
 
     def __init__(self, channel):
@@ -67,6 +72,11 @@ class PeerCredentialsStub:
                 request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.SerializeToString,
                 response_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusResponse.FromString,
                 _registered_method=True)
+        self.WhoAmI = channel.unary_unary(
+                '/peercred.v1.PeerCredentials/WhoAmI',
+                request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.WhoAmIRequest.SerializeToString,
+                response_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.WhoAmIResponse.FromString,
+                _registered_method=True)
 
 
 class PeerCredentialsServicer:
@@ -74,10 +84,15 @@ class PeerCredentialsServicer:
     of what the kernel wrote down at connect() and listen().
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
-    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
-    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
+    NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
+    TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
+    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+
+    Who asks over the unix socket learns about every connection. Over loopback TCP
+    the daemon looks the caller's own connection up, and who is not one of those
+    that see all learns about its own connections only; see Scope.
     """
 
     def Lookup(self, request, context):
@@ -120,6 +135,13 @@ class PeerCredentialsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WhoAmI(self, request, context):
+        """Who the daemon takes the caller for, and what that caller may ask.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
 
 def add_PeerCredentialsServicer_to_server(servicer, server):
     rpc_method_handlers = {
@@ -148,6 +170,11 @@ def add_PeerCredentialsServicer_to_server(servicer, server):
                     request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.FromString,
                     response_serializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusResponse.SerializeToString,
             ),
+            'WhoAmI': grpc.unary_unary_rpc_method_handler(
+                    servicer.WhoAmI,
+                    request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.WhoAmIRequest.FromString,
+                    response_serializer=peercred_dot_v1_dot_peer__credentials__pb2.WhoAmIResponse.SerializeToString,
+            ),
     }
     generic_handler = grpc.method_handlers_generic_handler(
             'peercred.v1.PeerCredentials', rpc_method_handlers)
@@ -161,10 +188,15 @@ class PeerCredentials:
     of what the kernel wrote down at connect() and listen().
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
-    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
-    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
+    NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
+    TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
+    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+
+    Who asks over the unix socket learns about every connection. Over loopback TCP
+    the daemon looks the caller's own connection up, and who is not one of those
+    that see all learns about its own connections only; see Scope.
     """
 
     @staticmethod
@@ -292,6 +324,33 @@ class PeerCredentials:
             '/peercred.v1.PeerCredentials/GetStatus',
             peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.SerializeToString,
             peercred_dot_v1_dot_peer__credentials__pb2.GetStatusResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WhoAmI(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/peercred.v1.PeerCredentials/WhoAmI',
+            peercred_dot_v1_dot_peer__credentials__pb2.WhoAmIRequest.SerializeToString,
+            peercred_dot_v1_dot_peer__credentials__pb2.WhoAmIResponse.FromString,
             options,
             channel_credentials,
             insecure,

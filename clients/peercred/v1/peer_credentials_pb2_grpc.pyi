@@ -36,10 +36,15 @@ class PeerCredentialsStub:
     of what the kernel wrote down at connect() and listen().
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
-    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
-    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
+    NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
+    TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
+    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+
+    Who asks over the unix socket learns about every connection. Over loopback TCP
+    the daemon looks the caller's own connection up, and who is not one of those
+    that see all learns about its own connections only; see Scope.
     """
 
     @_typing.overload
@@ -63,6 +68,8 @@ class PeerCredentialsStub:
     """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_peer_credentials_pb2.GetStatusRequest, _peer_credentials_pb2.GetStatusResponse]
     """What runs, since when, how full the tables are and what was dropped."""
+    WhoAmI: _grpc.UnaryUnaryMultiCallable[_peer_credentials_pb2.WhoAmIRequest, _peer_credentials_pb2.WhoAmIResponse]
+    """Who the daemon takes the caller for, and what that caller may ask."""
 
 @_typing.type_check_only
 class PeerCredentialsAsyncStub(PeerCredentialsStub):
@@ -70,10 +77,15 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     of what the kernel wrote down at connect() and listen().
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
-    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
-    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
+    NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
+    TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
+    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+
+    Who asks over the unix socket learns about every connection. Over loopback TCP
+    the daemon looks the caller's own connection up, and who is not one of those
+    that see all learns about its own connections only; see Scope.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -94,16 +106,23 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     """
     GetStatus: _aio.UnaryUnaryMultiCallable[_peer_credentials_pb2.GetStatusRequest, _peer_credentials_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What runs, since when, how full the tables are and what was dropped."""
+    WhoAmI: _aio.UnaryUnaryMultiCallable[_peer_credentials_pb2.WhoAmIRequest, _peer_credentials_pb2.WhoAmIResponse]  # type: ignore[assignment]
+    """Who the daemon takes the caller for, and what that caller may ask."""
 
 class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
     """Answers questions about TCP connections whose two ends are on this host, out
     of what the kernel wrote down at connect() and listen().
 
     Errors carry a google.rpc.ErrorInfo with domain "peercred.v1". Its reason is,
-    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
-    NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
-    NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
+    NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
+    TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
+    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+
+    Who asks over the unix socket learns about every connection. Over loopback TCP
+    the daemon looks the caller's own connection up, and who is not one of those
+    that see all learns about its own connections only; see Scope.
     """
 
     @_abc_1.abstractmethod
@@ -152,5 +171,13 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_peer_credentials_pb2.GetStatusResponse, _abc.Awaitable[_peer_credentials_pb2.GetStatusResponse]]:
         """What runs, since when, how full the tables are and what was dropped."""
+
+    @_abc_1.abstractmethod
+    def WhoAmI(
+        self,
+        request: _peer_credentials_pb2.WhoAmIRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_peer_credentials_pb2.WhoAmIResponse, _abc.Awaitable[_peer_credentials_pb2.WhoAmIResponse]]:
+        """Who the daemon takes the caller for, and what that caller may ask."""
 
 def add_PeerCredentialsServicer_to_server(servicer: PeerCredentialsServicer, server: _typing.Union[_grpc.Server, _aio.Server]) -> None: ...

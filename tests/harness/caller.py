@@ -1,0 +1,172 @@
+"""What an actor does that asks the daemon: gRPC by hand, and the client library.
+
+An actor runs without the project. One that is to ask imports it while it is still root; those
+forked from it have it then, and may become somebody who could not read it.
+"""
+
+from __future__ import annotations
+
+import itertools
+import select
+import socket
+import sys
+from typing import Any, NamedTuple
+
+_CALLS_PER_CONNECTION = 16
+"""The daemon takes 32, and has more wait."""
+
+_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+
+_channels: dict[str, Any] = {}
+_open_calls: list[Any] = []
+_open_channels: list[Any] = []
+_clients: dict[str | None, Any] = {}
+
+
+class Reply(NamedTuple):
+    """What came of a call."""
+
+    code: str
+    text: str
+    details: bytes
+    """Trailing metadata ``grpc-status-details-bin``."""
+    messages: list[bytes]
+
+
+def prepare(path: list[str]) -> None:
+    """Import what asking takes, from folders that others may not read."""
+    sys.path += path
+
+    import peercred  # noqa: F401
+
+
+def call(address: str, method: str, *requests: bytes, seconds: float = 60) -> Reply:
+    """Make one call, over the one connection to that address."""
+    import grpc
+
+    messages: list[bytes] = []
+    answers = _channel(address).stream_stream(method)(iter(requests), timeout=seconds)
+    try:
+        messages += answers
+    except grpc.RpcError as error:
+        failed: Any = error
+        details = dict(failed.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
+        return Reply(failed.code().name, failed.details(), details, messages)
+    return Reply("OK", "", b"", messages)
+
+
+def open_calls(address: str, method: str, count: int, *requests: bytes) -> list[str]:
+    """Begin calls that send no more than that, and wait for the first message of each.
+
+    Returns how each went: the name of the code that it failed with, else OK.
+    """
+    import grpc
+
+    codes: list[str] = []
+    for index in range(count):
+        if index % _CALLS_PER_CONNECTION == 0:
+            own = [("grpc.use_local_subchannel_pool", 1)]
+            _open_channels.append(grpc.insecure_channel(address, options=own))
+        endless = itertools.chain(requests, _nothing())
+        answers = _open_channels[-1].stream_stream(method)(endless)
+        try:
+            next(answers)
+        except grpc.RpcError as error:
+            codes.append(error.code().name)
+        else:
+            codes.append("OK")
+            _open_calls.append(answers)
+    return codes
+
+
+def cancel_calls() -> None:
+    """Cancel what `open_calls` has begun."""
+    for answers in _open_calls:
+        answers.cancel()
+    _open_calls.clear()
+
+
+def ask(address: str | None, method: str, *arguments: Any, **named: Any) -> Any:
+    """Call a method of the client library; returns what it returns, or the error as a pair."""
+    import peercred
+
+    try:
+        if address not in _clients:
+            _clients[address] = peercred.Client(address, timeout=60)
+        answer = getattr(_clients[address], method)(*arguments, **named)
+        return list(answer) if method == "connections" else answer
+    except peercred.PeerCredError as error:
+        return type(error).__name__, str(error)
+
+
+def address_of_client() -> str:
+    """Where the client without an address asks."""
+    return str(_clients[None].address)
+
+
+def begin_calls(address: str, method: str, count: int) -> None:
+    """Begin calls that never send their message."""
+    import grpc
+
+    for index in range(count):
+        if index % _CALLS_PER_CONNECTION == 0:
+            own = [("grpc.use_local_subchannel_pool", 1)]
+            _open_channels.append(grpc.insecure_channel(address, options=own))
+        _open_calls.append(_open_channels[-1].stream_stream(method)(_nothing()))
+
+
+def connect_often(port: int, count: int) -> None:
+    """Make connections that say they are gRPC's, and nothing after."""
+    for _ in range(count):
+        sock = socket.create_connection(("127.0.0.1", port))
+        sock.sendall(_PREFACE)
+        _open_calls.append(sock)
+
+
+def wait_until_closed(left: int) -> None:
+    """Wait until no more than so many of these connections are open."""
+    still = select.poll()
+    for sock in _open_calls:
+        still.register(sock, select.POLLRDHUP)
+    closed: set[int] = set()
+    while len(_open_calls) - len(closed) > left:
+        for descriptor, _ in still.poll():
+            closed.add(descriptor)
+            still.unregister(descriptor)
+
+
+def serve_as_the_daemon(address: str) -> int:
+    """Answer there whatever is asked; returns the port."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    import grpc
+
+    def refuse(_: bytes, context: Any) -> bytes:
+        context.abort(grpc.StatusCode.NOT_FOUND, "a lie")
+        return b""
+
+    class Everything(grpc.GenericRpcHandler):
+        def service(self, _: Any) -> Any:
+            return grpc.unary_unary_rpc_method_handler(refuse)
+
+    server = grpc.server(ThreadPoolExecutor(1), handlers=[Everything()])
+    port = int(server.add_insecure_port(address))
+    server.start()
+    _open_calls.append(server)
+    return port
+
+
+def _channel(address: str) -> Any:
+    import grpc
+
+    if address not in _channels:
+        _channels[address] = grpc.insecure_channel(address)
+    return _channels[address]
+
+
+def _nothing() -> Any:
+    """Sends nothing, and does not end."""
+    import threading
+
+    threading.Event().wait()
+    yield b""
