@@ -30,7 +30,7 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd.server import OPTIONS, Gate, handlers
+from peercredd.server import MAX_OPEN_STREAMS, OPTIONS, Gate, Places, handlers
 from peercredd.service import PeerCredentialsService
 from peercredd.store import Store
 

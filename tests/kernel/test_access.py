@@ -267,6 +267,8 @@ def test_everybody_who_is_known_gets_health_and_reflection(place: Place, role: s
 def test_listed_is_what_one_serves_and_everything_to_those_who_see_all(
     place: Place, role: str
 ) -> None:
+    for asker in place.askers.values():
+        asker(caller.call, TCP, f"{API}/WhoAmI", b"")
     reply = place.askers[role](caller.call, TCP, f"{API}/ListConnections", b"")
 
     listed = [
@@ -510,6 +512,8 @@ def test_calls_that_never_send_their_message_count_too(place: Place) -> None:
 def test_one_user_lists_so_many_times_at_once(place: Place) -> None:
     # A list that is not read waits with its first page; of an own connection there is one.
     greedy = place.actor(CAROL)
+    # What others of that user had under way may not have ended yet.
+    wait_for("OK", greedy, "ListConnections")
     greedy(caller.begin_calls, TCP, f"{API}/ListConnections", 2)
     wait_for("RESOURCE_EXHAUSTED", greedy, "ListConnections")
 
