@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterator
 import pytest
 
 import peercred
+from harness import shares
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
@@ -159,9 +160,11 @@ def origin(cgroup: Cgroup) -> Iterator[Origin]:
 
 @pytest.fixture
 def stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[Stage]:
-    """A scenario of this test's own, that has to leave no record behind."""
+    """A scenario of this test's own, that has to leave no record behind, nor a charge for one."""
+    before = shares.charged(daemon)
     with Stage(origin, client) as stage:
         yield stage
+    shares.wait_until(daemon, before)
 
 
 @pytest.fixture(scope="session")

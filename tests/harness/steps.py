@@ -26,6 +26,7 @@ from harness.io_uring import Mode, Ring, sockaddr
 from harness.so_peercred import Peer
 from harness.syscalls import (
     CLONE_NEWNET,
+    CLONE_NEWUSER,
     set_thread_credentials,
     syscall,
 )
@@ -535,6 +536,17 @@ def write_id_map(pid: int, name: str, extents: Iterable[Extent]) -> None:
     # The kernel takes one write() only.
     lines = "".join(f"{each.inside} {each.outside} {each.length}\n" for each in extents)
     Path(f"/proc/{pid}/{name}").write_bytes(lines.encode())
+
+
+def descend(levels: int) -> None:
+    """As many user namespaces down, each in the one before and with a single id."""
+    for _ in range(levels):
+        uid, gid = os.geteuid(), os.getegid()
+        unshare(CLONE_NEWUSER)
+        make_dumpable()
+        Path("/proc/self/setgroups").write_text("deny")
+        write_id_map(os.getpid(), "uid_map", (Extent(0, uid, 1),))
+        write_id_map(os.getpid(), "gid_map", (Extent(0, gid, 1),))
 
 
 def make_dumpable() -> None:
