@@ -83,8 +83,11 @@ static __always_inline void forget_tuple(struct tuple *tuple)
         .client_port = tuple->server_port,
         .server_port = tuple->client_port,
     };
-    by_tuple.delete(tuple);
-    by_tuple.delete(&reversed);
+    /* Mostly there is nothing, and to look takes no lock. */
+    if (by_tuple.lookup(tuple))
+        by_tuple.delete(tuple);
+    if (by_tuple.lookup(&reversed))
+        by_tuple.delete(&reversed);
 }
 
 /* ---- why there is no record ---- */
@@ -128,12 +131,131 @@ static __always_inline void drop_record(enum drop reason, u64 client_cookie, u64
                                         struct tuple *tuple)
 {
     u64 absence = reason == DROP_PENDING_FULL || reason == DROP_CONNECTIONS_FULL ||
-                          reason == DROP_INDEX_FULL
+                          reason == DROP_INDEX_FULL || reason == DROP_USER_OVER_SHARE
                       ? ABSENT_TABLE_WAS_FULL
                       : ABSENT_NOT_RECORDED;
     count_drop(reason);
     note_absence(client_cookie, tuple, absence);
     note_absence_of(mixed(0, server_cookie), absence);
+}
+
+/* ---- shares ----
+ *
+ * What is in `pending` counts against the user that connects, and so does what is in
+ * `connections`, until the client has gone. From then on it is kept for the server, which may
+ * never close it, or have been flooded: which of the two means harm cannot be told, so it
+ * counts against the pair of them, and neither takes a share of the other. Whoever succeeds in
+ * removing an entry gives back. The limits are looked at without a lock: each CPU may exceed
+ * one by one.
+ */
+
+/* NULL where there is no room to count another user. */
+static __always_inline struct user *user_of(u32 uid)
+{
+    struct user *user = users.lookup(&uid);
+    if (user)
+        return user;
+    struct user none = {};
+    users.insert(&uid, &none);
+    return users.lookup(&uid);
+}
+
+static __always_inline bool may_connect(u32 uid, struct user *user)
+{
+    if (!user || (user->pending < PENDING_SHARE &&
+                  user->pending + user->connections < CONNECTIONS_SHARE))
+        return true;
+    struct user *over = users_over.lookup(&uid);
+    if (!over)
+        return false;
+    s32 pending = user->pending - over->pending;
+    s32 connections = user->connections - over->connections;
+    return pending < PENDING_SHARE && pending + connections < CONNECTIONS_SHARE;
+}
+
+static __always_inline bool may_leave_more(struct pair *pair)
+{
+    s32 *count = left.lookup(pair);
+    if (!count || *count < LEFT_SHARE)
+        return true;
+    s32 *over = left_over.lookup(pair);
+    return over && *count - *over < LEFT_SHARE;
+}
+
+static __always_inline bool may_have_more_resets(u32 uid, struct user *user)
+{
+    if (!user || user->resets < CONNECTIONS_SHARE)
+        return true;
+    struct user *over = users_over.lookup(&uid);
+    return over && user->resets - over->resets < CONNECTIONS_SHARE;
+}
+
+static __always_inline s32 *left_by(struct pair *pair)
+{
+    s32 *count = left.lookup(pair);
+    if (count)
+        return count;
+    s32 none = 0;
+    left.insert(pair, &none);
+    return left.lookup(pair);
+}
+
+/* The client has gone, and the record stays for the server. False if the client goes on to
+ * pay: its listener is not known, or there is no room to count. */
+static __always_inline bool leave(struct connection *record)
+{
+    if (!record->listener_cookie)
+        return false;
+    struct pair pair = {record->client.charged_uid, record->listener.charged_uid};
+    s32 *count = left_by(&pair);
+    if (!count)
+        return false;
+    __sync_fetch_and_add(count, 1);
+    record->left = 1;
+    return true;
+}
+
+static __always_inline void remove_pending(struct tuple *tuple)
+{
+    struct pending *entry = pending.lookup(tuple);
+    if (!entry)
+        return;
+    u32 uid = entry->client.charged_uid;
+    if (pending.delete(tuple) != 0)
+        return;
+    struct user *user = users.lookup(&uid);
+    if (user)
+        __sync_fetch_and_add(&user->pending, -1);
+}
+
+static __always_inline void remove_connection(u64 server_cookie, struct connection *record)
+{
+    struct pair pair = {record->client.charged_uid, record->listener.charged_uid};
+    bool was_left = record->left;
+    if (connections.delete(&server_cookie) != 0)
+        return;
+    if (was_left) {
+        s32 *count = left.lookup(&pair);
+        if (count)
+            __sync_fetch_and_add(count, -1);
+    } else {
+        struct user *user = users.lookup(&pair.client_uid);
+        if (user)
+            __sync_fetch_and_add(&user->connections, -1);
+    }
+}
+
+static __always_inline void remove_reset(u64 listener_cookie)
+{
+    u32 *charged = reset_in_queue.lookup(&listener_cookie);
+    if (!charged)
+        return;
+    u32 uid = *charged;
+    if (reset_in_queue.delete(&listener_cookie) != 0)
+        return;
+    struct user *user = users.lookup(&uid);
+    if (user)
+        __sync_fetch_and_add(&user->resets, -1);
 }
 
 /* ---- retire ---- */
@@ -148,17 +270,12 @@ static __always_inline void forget(u64 server_cookie, struct connection *record)
     u64 *newest = by_tuple.lookup(&tuple);
     if (newest && *newest == server_cookie)
         by_tuple.delete(&tuple);
-    connections.delete(&server_cookie);
+    remove_connection(server_cookie, record);
 }
 
 /* Each end of a connection counts itself once; the later of the two retires it. */
-static __always_inline void end_gone(u64 server_cookie, bool server)
+static __always_inline void end_gone(u64 server_cookie, struct connection *record)
 {
-    struct connection *record = connections.lookup(&server_cookie);
-    if (!record)
-        return;
-    if (server)
-        record->server_gone = 1;
     __sync_fetch_and_add(&record->ends_gone, 1);
     if (record->ends_gone >= 2)
         forget(server_cookie, record);
@@ -169,7 +286,11 @@ static __always_inline void server_end_gone(struct server_socket *server, u64 co
     if (server->gone)
         return;
     server->gone = 1;
-    end_gone(cookie, true);
+    struct connection *record = connections.lookup(&cookie);
+    if (!record)
+        return;
+    record->server_gone = 1;
+    end_gone(cookie, record);
 }
 
 static __always_inline void client_end_gone(u64 cookie)
@@ -178,9 +299,20 @@ static __always_inline void client_end_gone(u64 cookie)
     if (!found)
         return;
     u64 server_cookie = *found;
-    /* Only one of several that close the same socket at once succeeds here. */
-    if (by_client.delete(&cookie) == 0)
-        end_gone(server_cookie, false);
+    /* Only one of several that close the same socket at once succeeds here. Until it has
+     * counted itself, the other end cannot retire the record. */
+    if (by_client.delete(&cookie) != 0)
+        return;
+    struct connection *record = connections.lookup(&server_cookie);
+    if (!record)
+        return;
+    if (!record->server_gone && leave(record)) {
+        u32 uid = record->client.charged_uid;
+        struct user *user = users.lookup(&uid);
+        if (user)
+            __sync_fetch_and_add(&user->connections, -1);
+    }
+    end_gone(server_cookie, record);
 }
 
 /* The last descriptor of a socket goes: its owner cannot ask any more. */
@@ -192,7 +324,7 @@ static __always_inline void release(void *storage, u64 cookie)
         if (!server->is_client)
             return;
     } else if (server) {
-        reset_in_queue.delete(&cookie);
+        remove_reset(cookie);
     }
     client_end_gone(cookie);
 }
@@ -238,7 +370,7 @@ static __always_inline void drop_pending(u64 socket, u64 cookie, u32 old_state, 
                    !(LOAD(u8, socket, tcp_syn_data) & MASK_tcp_syn_data);
     if ((old_state == TCP_SYN_SENT_STATE && refused) || old_state >= TCP_CLOSE_WAIT_STATE ||
         acknowledged > 1)
-        pending.delete(&tuple);
+        remove_pending(&tuple);
     else if (over)
         __sync_fetch_and_add(&entry->client_gone, 1);
 }
@@ -249,11 +381,24 @@ static __always_inline void wait_in_queue(struct connection *record, struct serv
                                           u64 cookie)
 {
     u64 listener_cookie = record->listener_cookie;
-    u32 present = 1;
+    u32 uid = record->listener.charged_uid;
+    enum drop reason = DROP_USER_OVER_SHARE;
     record->closed_in_queue = 1;
-    if (listener_cookie && !reset_in_queue.lookup(&listener_cookie) &&
-        reset_in_queue.update(&listener_cookie, &present) != 0)
-        server_end_gone(server, cookie);
+    if (!listener_cookie || reset_in_queue.lookup(&listener_cookie))
+        return;
+    struct user *user = user_of(uid);
+    if (may_have_more_resets(uid, user)) {
+        if (reset_in_queue.insert(&listener_cookie, &uid) == 0) {
+            if (user)
+                __sync_fetch_and_add(&user->resets, 1);
+            return;
+        }
+        if (reset_in_queue.lookup(&listener_cookie)) /* another CPU was faster */
+            return;
+        reason = DROP_INDEX_FULL;
+    }
+    count_drop(reason);
+    server_end_gone(server, cookie);
 }
 
 /* A socket reaches TCP_CLOSE. If a descriptor is left its owner can still ask: after
@@ -366,12 +511,24 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool 
     } else {
         reason = read_credentials(&entry.client);
     }
-    if (reason == DROP_NONE && pending.update(&tuple, &entry) != 0)
-        reason = DROP_PENDING_FULL;
-    if (reason == DROP_NONE)
+    struct user *user = NULL;
+    if (reason == DROP_NONE) {
+        user = user_of(entry.client.charged_uid);
+        if (!may_connect(entry.client.charged_uid, user))
+            reason = DROP_USER_OVER_SHARE;
+    }
+    if (reason == DROP_NONE && pending.insert(&tuple, &entry) != 0) {
+        remove_pending(&tuple); /* an earlier connect() of the same tuple left one */
+        if (pending.insert(&tuple, &entry) != 0)
+            reason = DROP_PENDING_FULL;
+    }
+    if (reason == DROP_NONE) {
+        if (user)
+            __sync_fetch_and_add(&user->pending, 1);
         return true;
+    }
     /* What an earlier connect() of the same tuple left must not answer for this. */
-    pending.delete(&tuple);
+    remove_pending(&tuple);
     drop_record(reason, cookie, 0, &tuple);
     return false;
 }
@@ -402,10 +559,12 @@ static __always_inline void disinherit(void *storage)
 }
 
 /* Fills the record of a new server socket, all but the time that makes it valid.
- * DROP_NONE, or why it must go again. */
+ * DROP_NONE, or why it must go again. `client_gone` is set if the client's end has been
+ * counted here. */
 static __always_inline enum drop fill(struct connection *record, struct pending *entry,
                                       struct server_socket *server, struct tuple *tuple,
-                                      u64 server_cookie, u32 initial_sequence)
+                                      u64 server_cookie, u32 initial_sequence,
+                                      bool *client_gone)
 {
     u64 published_ns = entry->published_ns;
     u64 client_cookie = entry->client_cookie;
@@ -431,11 +590,14 @@ static __always_inline enum drop fill(struct connection *record, struct pending 
      * is read again: whoever deletes the pointer counts. */
     if (entry->client_gone) {
         record->ends_gone = 1;
+        *client_gone = true;
     } else {
         if (by_client.update(&client_cookie, &server_cookie) != 0)
             return DROP_INDEX_FULL;
-        if (entry->client_gone && by_client.delete(&client_cookie) == 0)
+        if (entry->client_gone && by_client.delete(&client_cookie) == 0) {
             __sync_fetch_and_add(&record->ends_gone, 1);
+            *client_gone = true;
+        }
     }
     if (by_tuple.update(tuple, &server_cookie) != 0) {
         by_client.delete(&client_cookie);
@@ -444,12 +606,30 @@ static __always_inline enum drop fill(struct connection *record, struct pending 
     return DROP_NONE;
 }
 
+/* An empty record. A socket that was another connection's server before, and is used again,
+ * may have left one there. NULL if there is no room. */
+static __always_inline struct connection *add_connection(u64 server_cookie)
+{
+    int zero = 0;
+    struct connection *empty = empty_connection.lookup(&zero);
+    if (!empty)
+        return NULL;
+    if (connections.insert(&server_cookie, empty) != 0) {
+        struct connection *earlier = connections.lookup(&server_cookie);
+        if (!earlier)
+            return NULL;
+        remove_connection(server_cookie, earlier);
+        if (connections.insert(&server_cookie, empty) != 0)
+            return NULL;
+    }
+    return connections.lookup(&server_cookie);
+}
+
 /* A server socket is born; nobody has a descriptor of it yet, or will have before
  * this returns (accept() takes the lock that is held here). True if recorded. */
 static __always_inline bool establish(u64 socket, void *storage, u64 server_cookie)
 {
     struct tuple tuple = {};
-    int zero = 0;
 
     read_tuple(socket, false, &tuple);
     struct pending *entry = pending.lookup(&tuple);
@@ -468,26 +648,29 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     }
 
     enum drop reason;
+    bool client_gone = false;
     u64 client_cookie = entry->client_cookie;
-    struct connection *empty = empty_connection.lookup(&zero);
     struct server_socket *server =
         server_sockets.sk_storage_get(storage, 0, BPF_SK_STORAGE_GET_F_CREATE);
-    if (!empty || !server) {
+    if (!server) {
         reason = DROP_NO_STORAGE;
         goto dropped;
     }
-    if (connections.update(&server_cookie, empty) != 0) {
+    if (server->role == ROLE_LISTENER) {
+        struct pair pair = {entry->client.charged_uid, server->listener.charged_uid};
+        if (!may_leave_more(&pair)) {
+            reason = DROP_USER_OVER_SHARE;
+            goto dropped;
+        }
+    }
+    struct connection *record = add_connection(server_cookie);
+    if (!record) {
         reason = DROP_CONNECTIONS_FULL;
         goto dropped;
     }
-    struct connection *record = connections.lookup(&server_cookie);
-    if (!record) {
-        reason = DROP_OVERTAKEN;
-        goto dropped;
-    }
-    reason = fill(record, entry, server, &tuple, server_cookie, initial_sequence);
+    reason = fill(record, entry, server, &tuple, server_cookie, initial_sequence, &client_gone);
     if (reason != DROP_NONE) {
-        connections.delete(&server_cookie);
+        connections.delete(&server_cookie); /* nobody has been charged for it yet */
         goto dropped;
     }
     server->role = ROLE_CHILD;
@@ -499,12 +682,18 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     server->is_client = LOAD(u64, socket, sock_socket) != 0;
     /* An atomic operation, so that it is not moved before what it vouches for. */
     __sync_fetch_and_add(&record->established_ns, boot_time_ns());
-    pending.delete(&tuple);
+    bool was_pending = pending.delete(&tuple) == 0;
+    u32 uid = record->client.charged_uid;
+    struct user *user = users.lookup(&uid);
+    if (user && was_pending)
+        __sync_fetch_and_add(&user->pending, -1);
+    if (!(client_gone && leave(record)) && user)
+        __sync_fetch_and_add(&user->connections, 1);
     return true;
 
 dropped:
     disinherit(storage);
-    pending.delete(&tuple);
+    remove_pending(&tuple);
     forget_tuple(&tuple);
     drop_record(reason, client_cookie, server_cookie, &tuple);
     return false;

@@ -108,6 +108,50 @@ static __always_inline void read_namespaces(u64 task, u64 cred, struct credentia
 #endif
 }
 
+#ifdef OFFSET_user_namespace_owner
+/* Who is behind a user namespace, below the initial one: a user gets as many ids there as
+ * /etc/subuid says, and could be as many users. 0 where that is root. */
+static __always_inline u32 user_behind(u64 namespace)
+{
+    u32 owner = 0, count = 0, uid = 0;
+
+    /* MAX_USER_NAMESPACE_HOPS of them: create_user_ns() (kernel/user_namespace.c) allows
+     * a level of 33, and that of the outermost is 1. */
+#pragma unroll
+    for (int i = 0; i < MAX_USER_NAMESPACE_HOPS; i++)
+        if (LOAD(u32, namespace, user_namespace_level) > 1)
+            namespace = LOAD(u64, namespace, user_namespace_parent);
+    owner = LOAD(u32, namespace, user_namespace_owner);
+    if (owner)
+        return owner;
+    /* Made by root for somebody: a container has the host's ids from a first one on. */
+    u64 extent = namespace + OFFSET_user_namespace_uid_map + OFFSET_id_map_extent;
+    u64 map = namespace + OFFSET_user_namespace_uid_map;
+    if (read_kernel(&count, sizeof(count), map + OFFSET_id_map_count) || !count)
+        return 0;
+    if (count > MAX_BASE_EXTENTS &&
+        read_kernel(&extent, sizeof(extent), map + OFFSET_id_map_forward))
+        return 0;
+    return read_kernel(&uid, sizeof(uid), extent + OFFSET_id_map_lower_first) ? 0 : uid;
+}
+#endif
+
+/* Who pays for what a task does. As for the kernel's own limits (RLIMIT_NPROC) that is the
+ * real uid: a setuid program's caller, not its owner. For a daemon that root has started it
+ * is whom that acts for. */
+static __always_inline u32 charged_user(u64 cred)
+{
+    u32 uid = 0;
+#ifdef OFFSET_user_namespace_owner
+    u64 namespace = LOAD(u64, cred, cred_user_ns);
+    if (LOAD(u32, namespace, user_namespace_level))
+        uid = user_behind(namespace);
+#endif
+    if (!uid)
+        uid = LOAD(u32, cred, cred_uid);
+    return uid ? uid : LOAD(u32, cred, cred_euid);
+}
+
 /* DROP_NONE, or why there are none. `to` is zeroed by the caller. */
 static __always_inline enum drop read_credentials(struct credentials *to)
 {
@@ -133,6 +177,7 @@ static __always_inline enum drop read_credentials(struct credentials *to)
     to->egid = LOAD(u32, cred, cred_egid);
     to->fsuid = LOAD(u32, cred, cred_fsuid);
     to->fsgid = LOAD(u32, cred, cred_fsgid);
+    to->charged_uid = charged_user(cred);
     if (read_kernel(to->comm, sizeof(to->comm), task + OFFSET_task_comm) || read_groups(cred, to))
         return DROP_CREDENTIALS_UNREADABLE;
     read_optional(task, cred, to);

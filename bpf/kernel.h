@@ -14,6 +14,8 @@
 #define IFF_LOOPBACK (1U << 3)  /* net_device.flags */
 #define PF_KTHREAD 0x00200000U  /* task_struct.flags */
 #define PFA_NO_NEW_PRIVS 1U     /* bit 0 of task_struct.atomic_flags */
+#define MAX_BASE_EXTENTS 5      /* UID_GID_MAP_MAX_BASE_EXTENTS */
+#define MAX_USER_NAMESPACE_HOPS 32
 
 /* The compiler may fuse neighbouring context accesses, or move them behind pointer
  * arithmetic; the verifier refuses both. After this it has to have loaded the value. */

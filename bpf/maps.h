@@ -2,7 +2,8 @@
  *
  * The maps. Hash tables are not preallocated: an idle host pays for no more
  * than the buckets. Nothing here evicts a live record: a full table drops the
- * new one and counts it. MAX_PENDING and MAX_CONNECTIONS come from the loader.
+ * new one and counts it. MAX_PENDING, MAX_CONNECTIONS and the shares of them that one
+ * user may take, PENDING_SHARE, CONNECTIONS_SHARE and LEFT_SHARE, come from the loader.
  */
 
 BPF_F_TABLE("hash", struct tuple, struct pending, pending, MAX_PENDING, BPF_F_NO_PREALLOC);
@@ -12,8 +13,23 @@ BPF_F_TABLE("hash", u64, struct connection, connections, MAX_CONNECTIONS, BPF_F_
 BPF_F_TABLE("hash", struct tuple, u64, by_tuple, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 BPF_F_TABLE("hash", u64, u64, by_client, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
-/* Cookies of listeners that had a server socket reset in their accept queue. */
+/* Cookies of listeners that had a server socket reset in their accept queue, and the user
+ * that it is charged to. */
 BPF_F_TABLE("hash", u64, u32, reset_in_queue, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
+
+/* What each user holds. An entry stays, so that no count is lost with one; there are at most
+ * as many as users that have ever connected. Should they be more, the last to come are
+ * bounded by the tables only. */
+BPF_F_TABLE("hash", u32, struct user, users, MAX_USERS, BPF_F_NO_PREALLOC);
+
+/* How many connections one user has left at another's servers. Likewise; what there is no
+ * room to count here goes on to count against the client. */
+BPF_F_TABLE("hash", struct pair, s32, left, MAX_USERS, BPF_F_NO_PREALLOC);
+
+/* By how much these are too high, since the sweeper removes what is counted: it alone writes
+ * here, and the kernel alone there, so that neither overwrites what the other counts. */
+BPF_F_TABLE("hash", u32, struct user, users_over, MAX_USERS, BPF_F_NO_PREALLOC);
+BPF_F_TABLE("hash", struct pair, s32, left_over, MAX_USERS, BPF_F_NO_PREALLOC);
 
 /* An array, not an LRU hash: one store instead of a microsecond for each connection. */
 BPF_F_TABLE("array", int, u64, absences, ABSENCE_SLOTS, 0);

@@ -52,6 +52,8 @@ struct credentials {
      * level from 1 on the tgid there, and that namespace's inode number. */
     u32 pid_level;
     u32 pids[2 * MAX_PID_LEVELS];
+    u32 charged_uid; /* whose share of the tables this counts against */
+    u32 padding;
 };
 
 /* A connection's addresses, seen from neither end: client and server, IPv4 as
@@ -91,6 +93,8 @@ struct connection {
     u8 closed_in_queue;        /* in TCP_CLOSE, waiting for accept() */
     u8 server_gone;            /* the server's socket was closed or disconnected */
     u8 client_closed_with_descriptor;
+    u8 left; /* the client went first, and it is charged to the pair of users */
+    u8 padding[7];
     /* Written after `acceptor`, which is unknown as long as this is 0. */
     u64 accepted_ns;
     struct credentials client;
@@ -114,6 +118,20 @@ struct server_socket {
     u32 more_padding;
 };
 
+/* What one user has in the tables. Signed: should one of them ever be too low, that user
+ * is not locked out. */
+struct user {
+    s32 pending;
+    s32 connections; /* whose client it is, without those it has left */
+    s32 resets;      /* listeners of it in `reset_in_queue` */
+};
+
+/* Who connected and who listens. */
+struct pair {
+    u32 client_uid;
+    u32 listener_uid;
+};
+
 #define ROLE_NONE 0
 #define ROLE_LISTENER 1
 #define ROLE_CHILD 2
@@ -128,6 +146,8 @@ struct server_socket {
 #define ABSENT_RETIRED 1
 #define ABSENT_TABLE_WAS_FULL 2
 #define ABSENT_NOT_RECORDED 3
+
+#define MAX_USERS (1 << 16)
 
 struct about {
     char json[4096];
@@ -145,5 +165,6 @@ enum drop {
     DROP_KERNEL_THREAD,
     DROP_OTHER_SYN,
     DROP_OVERTAKEN,
+    DROP_USER_OVER_SHARE,
     DROP_COUNT,
 };

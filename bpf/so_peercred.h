@@ -13,7 +13,6 @@
 #define IPPROTO_MPTCP 262
 #define ERANGE 34
 #define ENODATA 61
-#define MAX_BASE_EXTENTS 5 /* UID_GID_MAP_MAX_BASE_EXTENTS */
 #define EXTENT_STEPS 9     /* to halve UID_GID_MAP_MAX_EXTENTS, 340, down to 0 */
 
 static int (*set_return_value)(int value) = (void *)BPF_FUNC_set_retval;

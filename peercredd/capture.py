@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peercredd import hooks
+from peercredd import hooks, records
 from peercredd.btf import KernelTypes, MemberMissing
 from peercredd.libbpf import BPF_PROG_TYPE_TRACING, KernelError, can_trace
 from peercredd.mounts import cgroup_level
@@ -117,6 +117,19 @@ OPTIONAL = {
 }
 """Fields of the API's Credentials that a kernel may lack, and what each needs."""
 
+USER_NAMESPACES = {
+    "cred_user_ns": "cred.user_ns",
+    "user_namespace_level": "user_namespace.level",
+    "user_namespace_parent": "user_namespace.parent",
+    "user_namespace_owner": "user_namespace.owner",
+    "user_namespace_uid_map": "user_namespace.uid_map",
+    "id_map_count": "uid_gid_map.nr_extents",
+    "id_map_extent": "uid_gid_map.extent",
+    "id_map_forward": "uid_gid_map.forward",
+    "id_map_lower_first": "uid_gid_extent.lower_first",
+}
+"""What tells who is behind a user namespace; a kernel that lacks them charges each uid there."""
+
 SO_PEERCRED = {
     "sockopt_sk": "bpf_sockopt_kern.sk",
     **OPTIONAL["process_start_time_ns"],
@@ -141,12 +154,18 @@ MAPS = (
     "by_tuple",
     "by_client",
     "reset_in_queue",
+    "users",
+    "users_over",
+    "left",
+    "left_over",
     "absences",
     "older",
     "drops",
     "about",
 )
 """The maps that user space reads, by their names in bpf/maps.h."""
+
+_UNLIMITED = 2**31 - 1
 
 
 class Capture(NamedTuple):
@@ -205,6 +224,11 @@ def member_macros(
             ]
         except MemberMissing:
             missing.append(field)
+    with suppress(MemberMissing):
+        flags += [
+            f"-DOFFSET_{macro}={types.member(path).offset}"
+            for macro, path in USER_NAMESPACES.items()
+        ]
     flags.append(f"-DSIZE_upid={types.size('upid')}")
     return flags, tuple(missing)
 
@@ -240,7 +264,11 @@ def source_text(sources: Path, name: str) -> str:
 
 
 def load(
-    hook_set: str, max_connections: int, max_pending: int, cgroup: Path | None = None
+    hook_set: str,
+    max_connections: int,
+    max_pending: int,
+    cgroup: Path | None = None,
+    max_percent_per_user: int = 100,
 ) -> Capture:
     """Compile a hook set and have the kernel verify it; attaches nothing.
 
@@ -250,13 +278,25 @@ def load(
         max_pending: room for connections that are being made.
         cgroup: bounds `trace` to the sockets of this cgroup and of those below;
             `cgroup` is bounded by where it is attached.
+        max_percent_per_user: how much of each room one user may take.
 
     Raises:
         KernelError: BCC or headers are missing, the kernel lacks something that is
             needed, or its verifier refused a program. One line that says which.
     """
     required = REQUIRED | REQUIRED_OF[hook_set]
-    flags = [f"-DMAX_CONNECTIONS={max_connections}", f"-DMAX_PENDING={max_pending}"]
+    flags = [
+        f"-DMAX_CONNECTIONS={max_connections}",
+        f"-DMAX_PENDING={max_pending}",
+    ]
+    connections = records.share(max_connections, max_percent_per_user)
+    for name, share in (
+        ("CONNECTIONS", connections),
+        ("PENDING", records.share(max_pending, max_percent_per_user)),
+        ("LEFT", max(1, connections // 4)),
+    ):
+        # Who may have all of a table is stopped by that alone.
+        flags.append(f"-D{name}_SHARE={share if max_percent_per_user < 100 else _UNLIMITED}")
     types = KernelTypes()
     if hook_set == "trace":
         if not can_trace():

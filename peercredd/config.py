@@ -79,6 +79,15 @@ class Capture(_Table, frozen=True):
         int,
         _number("Connections under way at the same time: SYN sent, not yet established.", 1, 2**24),
     ] = defaults.MAX_PENDING
+    max_percent_per_user: Annotated[
+        int,
+        _number(
+            "How much of each table one user may take, in percent. Beyond that only this user's "
+            "new connections are not recorded. 100 lets one user fill them.",
+            1,
+            100,
+        ),
+    ] = defaults.MAX_PERCENT_PER_USER
     keep: Annotated[
         bool,
         _option(

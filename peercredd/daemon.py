@@ -103,6 +103,7 @@ async def _live(config: Config, cgroup: Path) -> None:
             "hooks": capture.hooks,
             "max_connections": capture.max_connections,
             "max_pending": capture.max_pending,
+            "max_percent_per_user": capture.max_percent_per_user,
         },
     )
     # Until it serves, a daemon that fails takes away no more than it has brought.

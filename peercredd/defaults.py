@@ -24,6 +24,10 @@ MAX_PENDING: Final = 16_384
 """Connections between SYN and establishment. A listener's queue is 4,096 by default
 (net.core.somaxconn), so this is four of them full."""
 
+MAX_PERCENT_PER_USER: Final = 25
+"""Four users may have all they are allowed, and one still 16,384 connections: more descriptors
+than most services may open."""
+
 SOCKET: Final = "/run/peercredd/peercredd.sock"
 """systemd's RuntimeDirectory= makes the folder, and tmpfs forgets it at boot."""
 

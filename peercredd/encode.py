@@ -135,7 +135,12 @@ def capture(message: pb.GetStatusResponse, status: StoreStatus) -> None:
     boot_time_ns = time.time_ns() - time.clock_gettime_ns(time.CLOCK_BOOTTIME)
     message.capture_start_time.FromNanoseconds(boot_time_ns + status.capture_start_time_ns)
     for table in status.tables:
-        message.tables.add(name=table.name, entries=table.entries, max_entries=table.max_entries)
+        message.tables.add(
+            name=table.name,
+            entries=table.entries,
+            max_entries=table.max_entries,
+            max_entries_per_user=table.max_entries_per_user,
+        )
     for drop in status.drops:
         message.drops.add(reason=drop.reason, count=drop.occurrences, description=drop.description)
     message.missing_fields.extend(status.missing_fields)

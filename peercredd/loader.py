@@ -1,9 +1,9 @@
 """The short-lived process that compiles, attaches and pins a capture.
 
-``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, hooks, max_connections
-and max_pending; its parent, of that pid, holds the pin directory. Exit status 0: the
-pins are in place, and standard output has one JSON object; 1: one line on standard
-error says why not, and nothing is left attached. ``--dry-run HOOK_SET`` has the kernel
+``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, hooks, max_connections,
+max_pending and max_percent_per_user; its parent, of that pid, holds the pin directory.
+Exit status 0: the pins are in place, and standard output has one JSON object; 1: one line
+on standard error says why not, and nothing is left attached. ``--dry-run HOOK_SET`` has the kernel
 verify the programs; those of `trace` are attached for an instant, to see whether they
 can be. With ``--log``, all that the compiler and the verifier said comes first.
 """
@@ -100,6 +100,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
             "cgroup": str(cgroup),
             "started_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
             "missing_fields": loaded.missing_fields,
+            "max_percent_per_user": settings["max_percent_per_user"],
             "so_peercred": textwrap.shorten(loaded.why_no_so_peercred, _REASON_LENGTH),
         }
         Map(loaded.maps["about"]).update(
@@ -125,7 +126,11 @@ def _first_that_works(
             continue
         try:
             loaded = capture.load(
-                hook_set, settings["max_connections"], settings["max_pending"], cgroup
+                hook_set,
+                settings["max_connections"],
+                settings["max_pending"],
+                cgroup,
+                settings["max_percent_per_user"],
             )
             staged = pins.stage(pin_dir)
             for name, descriptor in loaded.maps.items():

@@ -66,9 +66,13 @@ class Credentials(NamedTuple):
     pids: bytes
     """For each level from 1 on (at most MAX_PID_LEVELS) two native u32: the tgid there, and the
     inode number of that pid namespace."""
+    charged_uid: int
+    """The user whose share of the tables it counts against."""
 
 
-CREDENTIALS = struct.Struct(f"=4Q17I16s{MAX_GROUPS * 4}sI{MAX_PID_LEVELS * 8}s")
+CREDENTIALS = struct.Struct(f"=4Q17I16s{MAX_GROUPS * 4}sI{MAX_PID_LEVELS * 8}sI4x")
+CHARGED_UID_OFFSET = CREDENTIALS.size - struct.calcsize("=I4x")
+"""Of charged_uid, which comes last."""
 
 
 def groups(record: Credentials) -> memoryview:
@@ -103,7 +107,7 @@ PENDING_SIZE = PENDING_HEAD.size + CREDENTIALS.size
 CONNECTION_HEAD = struct.Struct("=4Q")
 """``struct connection``: established_ns, server_cookie, client_cookie, listener_cookie."""
 CONNECTION_TUPLE_OFFSET = CONNECTION_HEAD.size
-CONNECTION_ENDS = struct.Struct("=I4?")
+CONNECTION_ENDS = struct.Struct("=I5?7x")
 """`Ends`; behind the tuple."""
 CONNECTION_ENDS_OFFSET = CONNECTION_TUPLE_OFFSET + TUPLE.size
 CONNECTION_ACCEPTED = struct.Struct("=Q")
@@ -113,6 +117,15 @@ CLIENT_OFFSET = CONNECTION_ACCEPTED_OFFSET + CONNECTION_ACCEPTED.size
 LISTENER_OFFSET = CLIENT_OFFSET + CREDENTIALS.size
 ACCEPTOR_OFFSET = LISTENER_OFFSET + CREDENTIALS.size
 CONNECTION_SIZE = ACCEPTOR_OFFSET + CREDENTIALS.size
+
+USER = struct.Struct("=3i")
+"""`Holdings`: the value of the maps ``users`` and ``users_over``."""
+UID = struct.Struct("=I")
+"""Key of these, and the value of ``reset_in_queue``."""
+LEFT = struct.Struct("=i")
+"""How many connections: the value of the maps ``left`` and ``left_over``."""
+PAIR = struct.Struct("=II")
+"""Key of these: the uids of who connected and of who listens."""
 
 ABOUT_SIZE = 4096
 
@@ -131,6 +144,7 @@ DROPS = (
     ("KERNEL_THREAD", "connections made by the kernel itself, with no user behind them"),
     ("OTHER_SYN", "server sockets born of another SYN than the one recorded for the tuple"),
     ("OVERTAKEN", "connections whose client vanished while its record was being written"),
+    ("USER_OVER_SHARE", "connections of users who had as much of a table as one user may take"),
 )
 """``enum drop`` from 1 on: name, and what was dropped."""
 
@@ -169,6 +183,11 @@ def older_key(subject: int) -> bytes:
     return _WORD.pack(subject)
 
 
+def share(size: int, percent: int) -> int:
+    """How many entries of a table of that size may be one user's."""
+    return max(1, size * percent // 100)
+
+
 def _mixed(subject: int, word: int) -> int:
     subject = (subject ^ word) * 0x9E3779B97F4A7C15 & _WORD_MASK
     return subject ^ subject >> 32
@@ -188,6 +207,18 @@ class Ends(NamedTuple):
     """The server's socket was closed, or disconnected and may be another connection's by now."""
     client_closed_with_descriptor: bool
     """The client's socket is in TCP_CLOSE, and its owner could still ask then."""
+    left: bool
+    """The client went first, and the record is charged to the pair of users."""
+
+
+class Holdings(NamedTuple):
+    """``struct user``: how many entries of the tables one user has."""
+
+    pending: int
+    connections: int
+    """Whose client it is, without those that it has left."""
+    resets: int
+    """Listeners of it that are in ``reset_in_queue``."""
 
 
 @dataclass(frozen=True, slots=True)

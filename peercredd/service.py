@@ -36,8 +36,8 @@ _NOT_FOUND = {
         Reason.NEVER_SEEN: "no connect() of that connection on this host was recorded",
         Reason.OLDER_THAN_CAPTURE: "that connection, or the listener asked about, was there "
         "before capture began",
-        Reason.TABLE_WAS_FULL: "that connection was seen, and there was no room to record it; "
-        "see 'peercred status'",
+        Reason.TABLE_WAS_FULL: "that connection was seen, and there was no room to record it, in "
+        "a table or in one user's share of it; see 'peercred status'",
         Reason.RETIRED: "that connection was recorded and has been closed since",
         Reason.NOT_LOCAL: "one end of that connection is not an address of this host",
         Reason.NOT_VISIBLE: "there is no such connection, or none that you may learn about; "

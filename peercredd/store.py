@@ -89,6 +89,7 @@ class Table(NamedTuple):
     name: str
     entries: int
     max_entries: int
+    max_entries_per_user: int
 
 
 class Drop(NamedTuple):
@@ -264,7 +265,12 @@ class Store:
             cgroup=self._about["cgroup"],
             capture_start_time_ns=self._about["started_ns"],
             tables=tuple(
-                Table(name, table.count(), table.max_entries)
+                Table(
+                    name,
+                    table.count(),
+                    table.max_entries,
+                    records.share(table.max_entries, self._about["max_percent_per_user"]),
+                )
                 for name, table in self._tables.items()
             ),
             drops=tuple(

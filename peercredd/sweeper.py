@@ -9,19 +9,26 @@ The kernel side keeps the tables by itself, but some of its events never come: a
 client reached ESTABLISHED and its server socket was never born, or a socket closed
 where no program was attached. What is in doubt stays, for an entry too many costs
 memory and one too few an answer. Two sweepers at once do no harm.
+
+What it removes the kernel still counts against somebody's share of the tables: so it counts
+what each user really has, and leaves the difference where the kernel side looks.
 """
 
 from __future__ import annotations
 
 import json
+import struct
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from peercredd import namespaces, pins, records, sockdiag
 from peercredd.libbpf import Map
+
+Counts = tuple[int, ...]
 
 _SECOND_NS = 1_000_000_000
 
@@ -40,6 +47,10 @@ class Tables(NamedTuple):
     by_client: Map
     reset_in_queue: Map
     absences: Map
+    users: Map
+    users_over: Map
+    left: Map
+    left_over: Map
 
 
 class Entry(NamedTuple):
@@ -105,7 +116,7 @@ def sweep(tables: Tables, pending_age_ns: int, record_age_ns: int) -> dict[str, 
         if cookie not in connections
     ]
     unindexed = [entry for entry in connections.values() if entry.tuple not in by_tuple]
-    return {
+    done = {
         "pending_removed": sum(
             _remove(tables.pending, entry.key, entry.value) for entry in overdue + lost
         ),
@@ -116,6 +127,8 @@ def sweep(tables: Tables, pending_age_ns: int, record_age_ns: int) -> dict[str, 
         ),
         "pointers_mended": _mend(tables, unindexed),
     }
+    _recount(tables)
+    return done
 
 
 def _pending(tables: Tables) -> Iterator[Entry]:
@@ -210,6 +223,77 @@ def _mend(tables: Tables, unindexed: list[Entry]) -> int:
         for entry in missing
         if not entry.sockets.isdisjoint(live.get(entry.netns_cookie, ()))
     )
+
+
+def _recount(tables: Tables) -> None:
+    """Write down by how much the kernel counts too much.
+
+    The kernel goes on counting meanwhile. Of two looks the lower figure counts: one that is
+    too low is mended by the next sweep, one too high would give room to who has none.
+    """
+    first = _overcounts(tables)
+    again = _overcounts(tables) if any(first) else first
+    layouts = (records.USER, tables.users_over), (records.LEFT, tables.left_over)
+    for (layout, table), found, later in zip(layouts, first, again, strict=True):
+        wrong = {key: tuple(map(min, found[key], later[key])) for key in found.keys() & later}
+        for key, was in list(table.items()):
+            if key not in wrong:
+                _remove(table, key, was)
+        for key, over in wrong.items():
+            table.update(key, layout.pack(*over))
+
+
+def _overcounts(tables: Tables) -> list[dict[bytes, tuple[int, ...]]]:
+    """What the kernel counts more than there is: of users, and of pairs of users."""
+    counted = (records.USER, tables.users), (records.LEFT, tables.left)
+    before = [dict(table.items()) for _, table in counted]
+    if not any(any(value) for counts in before for value in counts.values()):
+        return [{}, {}]
+    return [
+        dict(_excess(layout, table, counts, held))
+        for (layout, table), counts, held in zip(counted, before, _holdings(tables), strict=True)
+    ]
+
+
+def _excess(
+    layout: struct.Struct, table: Map, before: dict[bytes, bytes], held: dict[bytes, Counts]
+) -> Iterator[tuple[bytes, Counts]]:
+    for key, value in before.items():
+        counts = layout.unpack(value)
+        now = layout.unpack(table.lookup(key) or value)
+        true = held.get(key, (0,) * len(counts))
+        over = tuple(
+            max(0, min(was, is_now) - there)
+            for was, is_now, there in zip(counts, now, true, strict=True)
+        )
+        if any(over):
+            yield key, over
+
+
+def _holdings(tables: Tables) -> tuple[dict[bytes, Counts], dict[bytes, Counts]]:
+    """What users, and pairs of users, have in the tables, as the kernel side charges it."""
+    established: Counter[bytes] = Counter()
+    left: Counter[bytes] = Counter()
+    for record in (value for _, value in tables.connections.items()):
+        client = _charged_uid(record, records.CLIENT_OFFSET)
+        if records.ends(record).left:
+            left[client + _charged_uid(record, records.LISTENER_OFFSET)] += 1
+        elif any(record[:8]):  # else it is being written
+            established[client] += 1
+    pending = Counter(
+        _charged_uid(value, records.PENDING_HEAD.size) for _, value in tables.pending.items()
+    )
+    resets = Counter(uid for _, uid in tables.reset_in_queue.items())
+    users = {
+        uid: records.Holdings(pending[uid], established[uid], resets[uid])
+        for uid in {*pending, *established, *resets}
+    }
+    return dict(users), {pair: (count,) for pair, count in left.items()}
+
+
+def _charged_uid(value: bytes, credentials: int) -> bytes:
+    start = credentials + records.CHARGED_UID_OFFSET
+    return value[start : start + records.UID.size]
 
 
 def _is_out_of_sight(record: bytes) -> bool:

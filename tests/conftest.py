@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import peercred
-from harness import set_user_id
+from harness import set_user_id, shares
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
@@ -164,9 +164,11 @@ def origin(cgroup: Cgroup) -> Iterator[Origin]:
 
 @pytest.fixture
 def stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[Stage]:
-    """A scenario of this test's own, that has to leave no record behind."""
+    """A scenario of this test's own, that has to leave no record behind, nor a charge for one."""
+    before = shares.charged(daemon)
     with Stage(origin, client) as stage:
         yield stage
+    shares.wait_until(daemon, before)
 
 
 @pytest.fixture

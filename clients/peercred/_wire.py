@@ -315,6 +315,11 @@ def connection(message: pb.Connection) -> Connection:
     )
 
 
+def _table(message: pb.GetStatusResponse.Table) -> Table:
+    share = message.max_entries_per_user if message.HasField("max_entries_per_user") else None
+    return Table(message.name, message.entries, message.max_entries, share)
+
+
 def status(response: pb.GetStatusResponse) -> Status:
     """Decode what the daemon says of itself.
 
@@ -336,7 +341,7 @@ def status(response: pb.GetStatusResponse) -> Status:
         cgroup=response.cgroup,
         capture_start_time=capture_start_time,
         capture_start_time_ns=response.capture_start_time_ns,
-        tables=tuple(Table(t.name, t.entries, t.max_entries) for t in response.tables),
+        tables=tuple(_table(table) for table in response.tables),
         drops=tuple(Drop(d.reason, d.count, d.description) for d in response.drops),
         missing_fields=tuple(response.missing_fields),
         attachments=tuple(map(_attachment, response.attachments)),

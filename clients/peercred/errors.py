@@ -15,7 +15,8 @@ class NotFound(PeerCredError):  # noqa: N818 - reads as the answer it is
     - ``NEVER_SEEN``: no local connect() of that connection was recorded, or
       its server socket is not born yet.
     - ``OLDER_THAN_CAPTURE``: it, or the listener asked about, was there before capture began.
-    - ``TABLE_WAS_FULL``: it was seen, and there was no room to record it.
+    - ``TABLE_WAS_FULL``: it was seen, and there was no room to record it, in a table or in
+      one user's share of it.
     - ``RETIRED``: it was recorded, and both ends have been closed since.
     - ``NOT_LOCAL``: its other end is not on this host.
     - ``NOT_VISIBLE``: any of these, or it is not yours to learn about: over loopback TCP

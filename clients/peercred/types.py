@@ -164,6 +164,8 @@ class Table:
     name: str
     entries: int
     max_entries: int
+    max_entries_per_user: int | None = None
+    """How many of these may be one user's. None where the daemon is too old to tell."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -65,6 +65,7 @@ def credentials(uid: int = 1000, groups: Iterable[int] = (4, 24, 27)) -> Credent
         groups=struct.pack("32I", *(numbers + (0xDEAD,) * 32)[:32]),
         pid_level=0,
         pids=bytes(48),
+        charged_uid=uid + 9,
     )
 
 
@@ -156,7 +157,7 @@ class MemoryView:
             hook_set="cgroup",
             cgroup="/sys/fs/cgroup",
             capture_start_time_ns=5_000_000_000,
-            tables=(Table("connections", len(self.connections), 131072),),
+            tables=(Table("connections", len(self.connections), 131072, 32768),),
             drops=(Drop("PENDING_FULL", 0, "no room"), Drop("OTHER_SYN", 3, "another SYN")),
             missing_fields=("login_uid",),
             unused_hook_sets={"trace": "the kernel cannot attach to tcp_connect"},

@@ -569,6 +569,17 @@ def bring_loopback_up() -> None:
         fcntl.ioctl(sock, SIOCSIFFLAGS, request)
 
 
+def descend(levels: int) -> None:
+    """As many user namespaces down, each in the one before and with a single id."""
+    for _ in range(levels):
+        uid, gid = os.geteuid(), os.getegid()
+        unshare(CLONE_NEWUSER)
+        make_dumpable()
+        Path("/proc/self/setgroups").write_text("deny")
+        write_id_map(os.getpid(), "uid_map", (Extent(0, uid, 1),))
+        write_id_map(os.getpid(), "gid_map", (Extent(0, gid, 1),))
+
+
 def make_dumpable() -> None:
     """Own the files of /proc/PID again, which a change of ids without execve() has taken away."""
     import ctypes

@@ -26,7 +26,13 @@ def crowded(hook_set: str) -> Iterator[Stage]:
     with ExitStack() as resources:
         cgroup = resources.enter_context(Cgroup())
         daemon = resources.enter_context(
-            Daemon(cgroup, hook_set, f"--max-connections={LIMIT}", f"--max-pending={LIMIT}")
+            Daemon(
+                cgroup,
+                hook_set,
+                f"--max-connections={LIMIT}",
+                f"--max-pending={LIMIT}",
+                "--max-percent-per-user=100",
+            )
         )
         client = resources.enter_context(daemon.client())
         origin = resources.enter_context(Origin(cgroup))

@@ -111,6 +111,7 @@ class Pins:
             "hooks": hook_sets,
             "max_connections": 1024,
             "max_pending": 1024,
+            "max_percent_per_user": 100,
         }
         return run_loader(patch, json.dumps(settings), str(os.getpid()))
 

@@ -23,7 +23,7 @@ def compiled(hook_set: str) -> Any:
 def offsets(layout: struct.Struct) -> Iterator[int]:
     """Where each value that `layout` unpacks begins."""
     offset = 0
-    for count, code in re.findall(r"(\d*)([QIHsx?])", layout.format.removeprefix("=")):
+    for count, code in re.findall(r"(\d*)([QIHisx?])", layout.format.removeprefix("=")):
         if code in "sx":
             if code == "s":
                 yield offset
@@ -76,6 +76,7 @@ def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
         "closed_in_queue",
         "server_gone",
         "client_closed_with_descriptor",
+        "left",
     )
     ends = records.CONNECTION_ENDS_OFFSET
 
@@ -89,6 +90,22 @@ def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
         "acceptor": records.ACCEPTOR_OFFSET,
     }
     assert ctypes.sizeof(leaf) == records.CONNECTION_SIZE
+
+
+def test_what_a_user_holds_is_decoded_where_it_is_counted(compiled: Any) -> None:
+    for name in (b"users", b"users_over"):
+        leaf = compiled[name].Leaf
+
+        assert members(leaf) == dict(
+            zip(records.Holdings._fields, offsets(records.USER), strict=True)
+        )
+        assert ctypes.sizeof(leaf) == records.USER.size
+        assert ctypes.sizeof(compiled[name].Key) == records.UID.size
+    for name in (b"left", b"left_over"):
+        assert members(compiled[name].Key) == dict(
+            zip(("client_uid", "listener_uid"), offsets(records.PAIR), strict=True)
+        )
+        assert ctypes.sizeof(compiled[name].Leaf) == records.LEFT.size
 
 
 def test_there_is_a_counter_for_each_reason_to_drop_a_record(compiled: Any) -> None:

@@ -28,7 +28,7 @@ from harness.patience import patient
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, BOB, SERVICE
-from peercredd import capture, pins
+from peercredd import capture, defaults, pins
 from peercredd.hooks import PROGRAMS
 from peercredd.libbpf import detach_link, get_pinned, library, link_cgroup_id
 
@@ -55,6 +55,7 @@ class Place:
             "hooks": hook_set,
             "max_connections": self.table_size,
             "max_pending": self.table_size,
+            "max_percent_per_user": defaults.MAX_PERCENT_PER_USER,
         }
 
     def daemon(self, *options: str) -> Daemon:
@@ -196,6 +197,15 @@ def test_other_settings_replace_a_kept_capture(place: Place) -> None:
         place.assert_attached_once()
 
 
+def test_another_share_replaces_a_kept_capture(place: Place) -> None:
+    place.daemon("--keep").close(keeps=True)
+
+    with place.daemon("--max-percent-per-user=10") as second, second.client() as client:
+        shares = {table.name: table.max_entries_per_user for table in client.status().tables}
+        assert shares["connections"] == place.table_size // 10
+        place.assert_attached_once()
+
+
 @pytest.mark.hook_sets("trace")
 def test_another_hook_set_replaces_a_kept_capture(place: Place) -> None:
     place.daemon("--keep").close(keeps=True)
@@ -231,7 +241,8 @@ KILLED_LOADER = textwrap.dedent(
     # Compiled once, here: those that are killed inherit it.
     given = loader.json.loads(settings)
     names = ("hooks", "max_connections", "max_pending")
-    capture.load(*(given[name] for name in names), loader.Path(given["cgroup"]))
+    cgroup, share = loader.Path(given["cgroup"]), given["max_percent_per_user"]
+    capture.load(*(given[name] for name in names), cgroup, share)
     survived = -1
     status = signal.SIGKILL
     while status == signal.SIGKILL:

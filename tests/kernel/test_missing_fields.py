@@ -25,6 +25,16 @@ def test_without_an_optional_member_the_rest_is_still_captured(
     assert loaded.missing_fields == (field,)
 
 
+@pytest.mark.parametrize("macro", capture.USER_NAMESPACES)
+def test_without_what_tells_who_made_a_user_namespace_all_is_still_captured(
+    macro: str, hook_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(capture.USER_NAMESPACES, macro, "user_namespace.that_no_kernel_has")
+
+    loaded = capture.load(hook_set, max_connections=16, max_pending=16)
+    assert loaded.missing_fields == ()
+
+
 @pytest.mark.parametrize("member", ["tcp_sock.write_seq", "tcp_sock.fastopen_connect"])
 def test_without_a_required_member_the_error_names_it(
     member: str, hook_set: str, monkeypatch: pytest.MonkeyPatch

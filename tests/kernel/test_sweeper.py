@@ -44,10 +44,13 @@ NOTHING_HAPPENED = records.Ends(
     closed_in_queue=False,
     server_gone=False,
     client_closed_with_descriptor=False,
+    left=False,
 )
 CLOSED = NOTHING_HAPPENED._replace(closed_with_descriptor=True)
 RESET_IN_QUEUE = NOTHING_HAPPENED._replace(gone=1, closed_in_queue=True)
 LISTENER = 1 << 61
+CLIENT, SERVER = 61001, 61002
+"""Who pays."""
 
 
 class Ends(NamedTuple):
@@ -70,6 +73,10 @@ class Capture:
             "by_tuple": (records.TUPLE.size, 8),
             "by_client": (8, 8),
             "reset_in_queue": (8, 4),
+            "users": (4, records.USER.size),
+            "users_over": (4, records.USER.size),
+            "left": (8, records.LEFT.size),
+            "left_over": (8, records.LEFT.size),
         }
         made = {name: bpf_maps.create(bpf_maps.HASH, *size, 4096) for name, size in sizes.items()}
         made["absences"] = bpf_maps.create(bpf_maps.ARRAY, 4, 8, records.ABSENCE_SLOTS)
@@ -89,7 +96,7 @@ class Capture:
         """What publish() in bpf/core.h writes; returns its key."""
         key = self.tuple() if key is None else key
         head = records.PENDING_HEAD.pack(ago(age), client, 0, 0)
-        self.tables.pending.update(key, head.ljust(records.PENDING_SIZE, b"\1"))
+        self.tables.pending.update(key, head + credentials(CLIENT))
         return key
 
     def establish(
@@ -106,8 +113,10 @@ class Capture:
         established = ago(age) if complete else 0
         record = records.CONNECTION_HEAD.pack(established, ends.server, ends.client, listener)
         record += key + records.CONNECTION_ENDS.pack(*happened)
+        record = record.ljust(records.CLIENT_OFFSET, b"\1")
+        record += credentials(CLIENT) + credentials(SERVER) + credentials(SERVER)
         server = u64(ends.server)
-        self.tables.connections.update(server, record.ljust(records.CONNECTION_SIZE, b"\1"))
+        self.tables.connections.update(server, record)
         self.tables.by_client.update(u64(ends.client), server)
         self.tables.by_tuple.update(key, server)
         return key
@@ -155,6 +164,11 @@ class Capture:
     def close(self) -> None:
         for table in self.tables:
             table.close()
+
+
+def credentials(uid: int) -> bytes:
+    """Of a task that is charged to that user."""
+    return records.UID.pack(uid).rjust(records.CREDENTIALS.size - 4, b"\1") + bytes(4)
 
 
 def u64(number: int) -> bytes:
@@ -482,6 +496,73 @@ def test_nothing_aged_means_no_look_at_sockets(
     capture.establish(gone(), AGED)
     sweeper.sweep(capture.tables, *ages)
     assert looks == ["look", "look"]
+
+
+PAIR = records.PAIR.pack(CLIENT, SERVER)
+LEFT = NOTHING_HAPPENED._replace(gone=1, left=True)
+
+
+def charge(capture: Capture, uid: int, *counts: int) -> None:
+    capture.tables.users.update(records.UID.pack(uid), records.USER.pack(*counts))
+
+
+def charge_pair(capture: Capture, count: int) -> None:
+    capture.tables.left.update(PAIR, records.LEFT.pack(count))
+
+
+def overcounts(capture: Capture) -> dict[int | str, tuple[int, ...]]:
+    users = {
+        records.UID.unpack(uid)[0]: records.USER.unpack(counts)
+        for uid, counts in capture.tables.users_over.items()
+    }
+    over = capture.tables.left_over.lookup(PAIR)
+    return {**users, "pair": records.LEFT.unpack(over)} if over else users
+
+
+def test_what_is_counted_as_it_is_there_is_let_be(capture: Capture, live: Ends) -> None:
+    capture.connect(live.client, YOUNG)
+    capture.establish(live, YOUNG)
+    capture.establish(gone(), YOUNG, happened=LEFT)
+    capture.tables.reset_in_queue.update(u64(LISTENER), records.UID.pack(SERVER))
+    charge(capture, CLIENT, 1, 1, 0)
+    charge(capture, SERVER, 0, 0, 1)
+    charge_pair(capture, 1)
+    assert capture.sweep() == {}
+    assert overcounts(capture) == {}
+
+
+def test_what_a_user_does_not_have_any_more_is_written_down(capture: Capture, live: Ends) -> None:
+    capture.connect(gone().client, AGED)
+    capture.connect(live.client, YOUNG)
+    capture.establish(gone(), AGED)
+    capture.establish(gone(), AGED, happened=LEFT)
+    capture.establish(gone(), YOUNG, happened=LEFT)
+    charge(capture, CLIENT, 2, 1, 0)
+    charge(capture, SERVER, 0, 0, 4)
+    charge_pair(capture, 3)
+    assert capture.sweep() == {"pending_removed": 1, "records_removed": 2}
+    assert overcounts(capture) == {CLIENT: (1, 1, 0), SERVER: (0, 0, 4), "pair": (2,)}
+    assert capture.tables.users.lookup(records.UID.pack(CLIENT)) == records.USER.pack(2, 1, 0)
+    assert capture.tables.left.lookup(PAIR) == records.LEFT.pack(3)
+
+
+def test_what_is_not_counted_too_much_any_more_is_forgotten(capture: Capture) -> None:
+    charge(capture, CLIENT, 2, 0, 0)
+    charge(capture, SERVER, 0, 1, 0)
+    charge_pair(capture, 2)
+    capture.sweep()
+    charge(capture, CLIENT, 1, 0, 0)
+    charge(capture, SERVER, 0, 0, 0)
+    charge_pair(capture, 0)
+    capture.sweep()
+    assert overcounts(capture) == {CLIENT: (1, 0, 0)}
+
+
+def test_a_count_that_is_too_low_takes_nothing_from_anybody(capture: Capture, live: Ends) -> None:
+    capture.establish(live, YOUNG)
+    charge(capture, CLIENT, -1, 0, 0)
+    capture.sweep()
+    assert overcounts(capture) == {}
 
 
 def test_no_capture_is_one_line_that_says_so(capture: Capture, tmp_path: Path) -> None:

@@ -77,7 +77,11 @@ def status() -> pb.GetStatusResponse:
         hook_set="cgroup",
         kernel_release="6.18.0",
         cgroup="/sys/fs/cgroup/user.slice",
-        tables=[pb.GetStatusResponse.Table(name="connections", entries=12, max_entries=65536)],
+        tables=[
+            pb.GetStatusResponse.Table(
+                name="connections", entries=12, max_entries=65536, max_entries_per_user=16384
+            )
+        ],
         drops=[pb.GetStatusResponse.Drop(reason="TABLE_FULL", count=3, description="no room")],
         missing_fields=["login_uid"],
         attachments=[
@@ -453,7 +457,7 @@ def test_status_shows_what_is_lost_and_dropped(peercred: Peercred) -> None:
         ["hook", "set", "cgroup"],
         ["connect4", "yes", "-", "-"],
         ["sock_ops", "no", "-", "-"],
-        ["connections", "12", "65536"],
+        ["connections", "12", "65536", "16384"],
         ["TABLE_FULL", "3", "no", "room"],
     ):
         assert row in rows
@@ -549,7 +553,9 @@ def test_status_as_json_has_every_part(peercred: Peercred) -> None:
     document = json.loads(peercred("status", "--json").stdout)
 
     assert document["capture_start_time"] == "1970-01-01T00:00:00+00:00"
-    assert document["tables"] == [{"name": "connections", "entries": 12, "max_entries": 65536}]
+    assert document["tables"] == [
+        {"name": "connections", "entries": 12, "max_entries": 65536, "max_entries_per_user": 16384}
+    ]
     assert document["attachments"][1] == {
         "program": "sock_ops",
         "attached": False,

@@ -386,9 +386,10 @@ def test_status_says_what_runs_and_what_was_dropped(view: MemoryView) -> None:
     assert status.kernel_release == os.uname().release
     assert status.daemon_pid == os.getpid()
     assert status.netns_cookie == OWN_NETNS
-    assert [(table.name, table.entries, table.max_entries) for table in status.tables] == [
-        ("connections", 1, 131072)
-    ]
+    assert [
+        (table.name, table.entries, table.max_entries, table.max_entries_per_user)
+        for table in status.tables
+    ] == [("connections", 1, 131072, 32768)]
     assert [(drop.reason, drop.count, drop.description) for drop in status.drops] == [
         ("PENDING_FULL", 0, "no room"),
         ("OTHER_SYN", 3, "another SYN"),

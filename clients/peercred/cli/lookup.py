@@ -14,7 +14,7 @@ HINTS = {
     "NEVER_SEEN": "LOCAL is the asking end's own address, a socket of another network namespace "
     "needs --netns-cookie, and only what `peercred status` calls the captured cgroup is recorded",
     "OLDER_THAN_CAPTURE": "let it connect again; if its listener is older, restart that first",
-    "TABLE_WAS_FULL": "close connections, or raise the daemon's limit",
+    "TABLE_WAS_FULL": "close connections, or raise the daemon's limits",
     "RETIRED": "ask while the socket is open",
     "NOT_LOCAL": "only connections within this host are recorded",
 }

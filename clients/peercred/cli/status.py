@@ -74,8 +74,16 @@ def _print(answer: Status) -> None:
         return
     print_line("")
     print_table(
-        [(table.name, str(table.entries), str(table.max_entries)) for table in answer.tables],
-        ("TABLE", "ENTRIES", "LIMIT"),
+        [
+            (
+                table.name,
+                str(table.entries),
+                str(table.max_entries),
+                _figure(table.max_entries_per_user),
+            )
+            for table in answer.tables
+        ],
+        ("TABLE", "ENTRIES", "LIMIT", "FOR ONE USER"),
     )
     print_line("")
     print_table(

@@ -821,21 +821,27 @@ class GetStatusResponse(_message.Message):
         NAME_FIELD_NUMBER: _builtins.int
         ENTRIES_FIELD_NUMBER: _builtins.int
         MAX_ENTRIES_FIELD_NUMBER: _builtins.int
+        MAX_ENTRIES_PER_USER_FIELD_NUMBER: _builtins.int
         name: _builtins.str
         entries: _builtins.int
         max_entries: _builtins.int
+        max_entries_per_user: _builtins.int
+        """How many of these may be one user's; absent where the daemon is too old to tell."""
         def __init__(
             self,
             *,
             name: _builtins.str = ...,
             entries: _builtins.int = ...,
             max_entries: _builtins.int = ...,
+            max_entries_per_user: _builtins.int | None = ...,
         ) -> None: ...
-        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        _HasFieldArgType: _TypeAlias = _typing.Literal["_max_entries_per_user", b"_max_entries_per_user", "max_entries_per_user", b"max_entries_per_user"]  # noqa: Y015
         def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-        _ClearFieldArgType: _TypeAlias = _typing.Literal["entries", b"entries", "max_entries", b"max_entries", "name", b"name"]  # noqa: Y015
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["_max_entries_per_user", b"_max_entries_per_user", "entries", b"entries", "max_entries", b"max_entries", "max_entries_per_user", b"max_entries_per_user", "name", b"name"]  # noqa: Y015
         def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-        def WhichOneof(self, oneof_group: _Never) -> None: ...
+        _WhichOneofReturnType__max_entries_per_user: _TypeAlias = _typing.Literal["max_entries_per_user"]  # noqa: Y015
+        _WhichOneofArgType__max_entries_per_user: _TypeAlias = _typing.Literal["_max_entries_per_user", b"_max_entries_per_user"]  # noqa: Y015
+        def WhichOneof(self, oneof_group: _WhichOneofArgType__max_entries_per_user) -> _WhichOneofReturnType__max_entries_per_user | None: ...
 
     @_typing.final
     class Drop(_message.Message):
