@@ -100,6 +100,16 @@ class Api(_Table, frozen=True):
             pattern=r"\A[^\s:/\x00]+\Z",
         ),
     ] = defaults.GROUP
+    user: Annotated[
+        str,
+        _option(
+            "User that the process becomes which answers. Not root; where there is no such user, "
+            "nobody.",
+            "the name of a user",
+            metavar="USER",
+            pattern=r"\A[^\s:/\x00]+\Z",
+        ),
+    ] = defaults.USER
 
 
 class SoPeercred(_Table, frozen=True):
@@ -173,7 +183,7 @@ class Option(NamedTuple):
     help: str
     allowed: str
     metavar: str | None
-    """How --help writes its value: PATH, N, GROUP; None where the type says it."""
+    """How --help writes its value: PATH, N, GROUP, USER; None where the type says it."""
 
     @property
     def key(self) -> str:

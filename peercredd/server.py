@@ -10,7 +10,6 @@ import asyncio
 import functools
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Final, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -25,7 +24,6 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.defaults import STOP_GRACE_SECONDS
 from peercredd.health import HealthService
-from peercredd.listen import UnixSocket
 from peercredd.service import PeerCredentialsService, RequestError, View
 
 MAX_CONCURRENT_CALLS: Final = 1024
@@ -54,32 +52,45 @@ _Response = TypeVar("_Response", bound=Message)
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 
-@asynccontextmanager
-async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
-    """Serve on the unix socket `path` for as long as the ``async with`` block runs.
+def _nothing() -> None:
+    """Nothing is to be done."""
 
-    The block begins when clients can connect, so say there that the daemon is
-    ready, and wait for what ends it. On leaving, calls under way get
+
+@asynccontextmanager
+async def serving(
+    view: View,
+    path: str,
+    *,
+    service: Callable[[View], PeerCredentialsService] = PeerCredentialsService,
+    bound: Callable[[], None] = _nothing,
+) -> AsyncIterator[None]:
+    """Serve on a unix socket for as long as the ``async with`` block runs.
+
+    The block begins when the server accepts connections. On leaving, calls under way get
     STOP_GRACE_SECONDS.
 
     A second listener with other rights is a second `grpc.aio` server in the same
     loop, with `handlers()` of a service that has another view.
 
-    Raises `listen.ListenError`.
+    Args:
+        view: what is served.
+        path: to bind; see `listen.UnixSocket`.
+        service: makes what answers out of a view.
+        bound: called when all addresses are bound and nothing has been read from anybody:
+            the moment to give up privileges.
     """
-    with UnixSocket(path, group) as unix_socket:
-        server = grpc.aio.server(
-            handlers=handlers(PeerCredentialsService(view)),
-            options=OPTIONS,
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
-        )
-        server.add_insecure_port(f"unix:{unix_socket.private_path}")
-        await server.start()
-        try:
-            unix_socket.publish()
-            yield
-        finally:
-            await server.stop(STOP_GRACE_SECONDS)
+    server = grpc.aio.server(
+        handlers=handlers(service(view)),
+        options=OPTIONS,
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    )
+    server.add_insecure_port(f"unix:{path}")
+    bound()
+    await server.start()
+    try:
+        yield
+    finally:
+        await server.stop(STOP_GRACE_SECONDS)
 
 
 def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
@@ -88,7 +99,7 @@ def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
     Messages are decoded here and not by gRPC, which would answer garbage with
     UNKNOWN and a traceback in the log.
     """
-    health = HealthService(service.capture_in_place)
+    health = HealthService(service.problems)
     reflector = reflection.aio.ReflectionServicer(
         (_PEER_CREDENTIALS, _HEALTH, reflection.SERVICE_NAME)
     )

@@ -321,6 +321,8 @@ def status(response: pb.GetStatusResponse) -> Status:
             SoPeercred(s.target, s.source, s.cgroup or None, s.attached, s.waiting, s.detail)
             for s in response.so_peercred
         ),
+        server_pid=response.server_pid,
+        problems=tuple(response.problems),
     )
 
 

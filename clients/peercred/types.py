@@ -231,6 +231,11 @@ class Status:
     missing_fields: tuple[str, ...]
     attachments: tuple[Attachment, ...]
     daemon_pid: int
+    """The one to send signals to."""
     netns_cookie: int
     unused_hook_sets: tuple[UnusedHookSet, ...] = ()
     so_peercred: tuple[SoPeercred, ...] = ()
+    server_pid: int = 0
+    """The process that answers, a child of the daemon; 0 if the daemon does not say."""
+    problems: tuple[str, ...] = ()
+    """Why the health service says NOT_SERVING now; empty while all is well."""

@@ -72,7 +72,7 @@ class Daemon:
                     *("--hooks", hook_set),
                     *("--pin-dir", str(self.pin_dir)),
                     *("--socket", str(self.socket)),
-                    *("--group", "root"),
+                    *("--group", "root", "--user", "nobody"),
                     *("--sweep-interval-seconds", _NEVER),
                     *("--so-peercred-state", str(folder / "so_peercred.json")),
                     *(("--so-peercred", "all") if so_peercred else ()),

@@ -143,6 +143,12 @@ class MemoryView:
         self.attachments_asked += 1
         return bool(self.attached) and all(self.attached.values())
 
+    def problems(self) -> list[str]:
+        self.attachments_asked += 1
+        if not self.attached:
+            return ["nothing is attached"]
+        return [f"{each} is detached" for each, attached in self.attached.items() if not attached]
+
     def attachments(self) -> dict[str, Attachment]:
         return {
             program: Attachment(attached, *self.counts.get(program, (None, None)))

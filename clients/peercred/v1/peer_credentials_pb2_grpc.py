@@ -33,7 +33,7 @@ class PeerCredentialsStub:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST, SUPERVISOR_SILENT.
     """
 
     def __init__(self, channel):
@@ -77,7 +77,7 @@ class PeerCredentialsServicer:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST, SUPERVISOR_SILENT.
     """
 
     def Lookup(self, request, context):
@@ -164,7 +164,7 @@ class PeerCredentials:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST, SUPERVISOR_SILENT.
     """
 
     @staticmethod

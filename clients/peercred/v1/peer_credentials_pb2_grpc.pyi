@@ -39,7 +39,7 @@ class PeerCredentialsStub:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST, SUPERVISOR_SILENT.
     """
 
     @_typing.overload
@@ -73,7 +73,7 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST, SUPERVISOR_SILENT.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -103,7 +103,7 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST, SUPERVISOR_SILENT.
     """
 
     @_abc_1.abstractmethod
