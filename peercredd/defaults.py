@@ -70,11 +70,11 @@ make it wait for some seconds; a client waits for 5."""
 SERVER_START_SECONDS: Final = 60.0
 """A start takes half a second; an emulated machine that has other work takes many."""
 
-RESTART_SECONDS: Final = (0.0, 0.5, 1.0, 2.0, 5.0, 10.0)
+RESTART_SECONDS: Final = (0.0, 0.1, 0.2, 0.5, 1.0)
 """Before a server that died has its successor: at once, and later while they keep dying; the last
-one stays."""
+one stays. A start takes half a second of CPU, and callers wait for it."""
 
-RESTART_FORGIVEN_SECONDS: Final = 60.0
+RESTART_FORGIVEN_SECONDS: Final = 10.0
 """A server that has lived so long died of something new."""
 
 STOP_GRACE_SECONDS: Final = 1

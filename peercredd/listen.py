@@ -91,8 +91,9 @@ class UnixSocket:
         """Make another `private_path`. What is published stays until the next `publish()`."""
         with _explained(self._path):
             self._remove_private_folder()
-            self._close_folder()
+            before = self.folder
             self._make_private_folder()
+            os.close(before)
 
     def __exit__(
         self,

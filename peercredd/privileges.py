@@ -26,6 +26,7 @@ _OVERFLOW_ID: Final = 65534
 
 # <linux/prctl.h>
 _PR_SET_PDEATHSIG: Final = 1
+_PR_SET_DUMPABLE: Final = 4
 _PR_SET_KEEPCAPS: Final = 8
 _PR_SET_NAME: Final = 15
 _PR_CAPBSET_DROP: Final = 24
@@ -169,6 +170,8 @@ def become(whom: User, *, keep_bpf: bool = False) -> None:
         ) from error
     if keep_bpf:
         _prctl(_PR_SET_KEEPCAPS, 0)
+    # With the sysctl fs.suid_dumpable=1, whoever is that user too could ptrace(2) it.
+    _prctl(_PR_SET_DUMPABLE, 0)
     _set_capabilities({CAP_BPF} if keep_bpf else ())
     _require_unprivileged(whom, 1 << CAP_BPF if keep_bpf else 0)
 

@@ -23,6 +23,7 @@ from typing import Final, Literal, TypedDict
 
 import structlog
 
+import peercredd
 from peercredd import defaults, logs, privileges
 from peercredd.questions import Supervisor
 from peercredd.service import PeerCredentialsService
@@ -86,6 +87,8 @@ class _Life:
         self._told: list[str] = []
         self._told_time = time.monotonic()
         self._store = Store(Path(settings["pin_dir"]), self._supervisor.so_peercred, self._troubles)
+        # Out of files, and later no descriptor may be left.
+        log.debug("server started", version=peercredd.__version__)
         # Before there is a second thread, gRPC's or another.
         self._keep_bpf = not privileges.works_without(self._reads_maps)
 
