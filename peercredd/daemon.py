@@ -210,11 +210,11 @@ def notify_systemd(state: str) -> None:
         return
     if address.startswith("@"):  # abstract: unix(7) writes it with a NUL
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             channel.sendto(state.encode(), address)
-        except OSError as error:
-            log.warning("systemd cannot be told", state=state, reason=error.strerror)
+    except OSError as error:
+        log.warning("systemd cannot be told", state=state, reason=error.strerror)
 
 
 def _age_seconds() -> float:

@@ -98,7 +98,12 @@ async def answer_questions(
         while line := await reader.readline():
             number, subject, about = _question(line)
             # A thread: to find a namespace, all of /proc may have to be read.
-            answer = await asyncio.to_thread(_answer, processes, so_peercred, subject, about)
+            try:
+                answer = await asyncio.to_thread(_answer, processes, so_peercred, subject, about)
+            except OSError as error:
+                # Not known is not "no such namespace": the server gives up by itself.
+                log.error("a question of the server stays unanswered", reason=error.strerror)
+                continue
             writer.write(json.dumps([number, answer]).encode() + b"\n")
             await writer.drain()
     except (ValueError, ConnectionError) as error:

@@ -164,7 +164,10 @@ class Supervisor:
         while True:
             assert self._server
             began = time.monotonic()
-            reason = await self._until_it_fails(self._server)
+            try:
+                reason = await self._until_it_fails(self._server)
+            except Exception as error:
+                reason = str(error)
             if time.monotonic() - began > defaults.RESTART_FORGIVEN_SECONDS:
                 deaths = 0
             while True:
@@ -179,7 +182,7 @@ class Supervisor:
                 try:
                     await self._replace()
                 except Exception as error:
-                    # Whatever it is, the capture goes on, and the next attempt may work.
+                    # The capture goes on, and the next attempt may work.
                     reason = str(error)
                 else:
                     break

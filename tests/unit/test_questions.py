@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -24,12 +25,12 @@ ROWS = [Row("all", "config", "/sys/fs/cgroup", True, False, "")]
 
 
 @contextmanager
-def answered() -> Iterator[socket.socket]:
+def answered(so_peercred: Callable[[], list[Row]] = lambda: ROWS) -> Iterator[socket.socket]:
     """The asking end, while somebody answers at the other one."""
     asking, answering = socket.socketpair()
     with ThreadPoolExecutor(1) as thread:
         ended = thread.submit(
-            lambda: asyncio.run(answer_questions(answering, Processes(), lambda: ROWS))
+            lambda: asyncio.run(answer_questions(answering, Processes(), so_peercred))
         )
         with asking:
             yield asking
@@ -66,6 +67,25 @@ def test_no_answer_is_no_answer_and_a_late_one_is_nobodys(
         answering.sendall(b"[1, 111]\n[2, 222]\n")
 
         assert supervisor.start_of_process(1) == 222
+
+
+def test_what_cannot_be_looked_at_stays_unanswered_and_the_next_question_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    failures = [OSError(errno.EMFILE, os.strerror(errno.EMFILE))]
+
+    def so_peercred() -> list[Row]:
+        if failures:
+            raise failures.pop()
+        return ROWS
+
+    monkeypatch.setattr(questions, "_TIMEOUT_SECONDS", 1.0)
+    with capture_logs() as logs, answered(so_peercred) as channel:
+        supervisor = Supervisor(channel)
+        with pytest.raises(SupervisorSilent):
+            supervisor.so_peercred()
+        assert supervisor.so_peercred() == ROWS
+    assert [entry["reason"] for entry in logs] == ["Too many open files"]
 
 
 @pytest.mark.parametrize("said", [b"", b"nonsense\n", b"[1]\n", b"1\n"])
