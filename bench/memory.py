@@ -1,4 +1,4 @@
-"""What the serving process keeps resident."""
+"""What the daemon's two processes keep resident, the server and its supervisor."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
-TARGET_BYTES = 45e6
+TARGET_BYTES = 70e6
+"""Of both together: each has a Python of its own."""
 CALLERS = 4
 
 
@@ -21,19 +22,20 @@ def measure(effort: Effort, daemon: Daemon) -> list[Section]:
     """After the start, and after a load of every kind of call."""
     with grpc.insecure_channel(daemon.address) as channel:
         status = pb_grpc.PeerCredentialsStub(channel).GetStatus(pb.GetStatusRequest())
-    server = psutil.Process(status.daemon_pid)
-    rows = [_row("After the start", server)]
+    processes = [psutil.Process(pid) for pid in (status.server_pid, status.daemon_pid)]
+    rows = [_row("After the start", processes)]
     sockets = effort.open_sockets[-1]
     with Crowd(daemon.cgroup) as gathered:
         gathered.grow(sockets)
         with callers(CALLERS, daemon.address, gathered.questions) as started:
             for kind in ("lookup", "batch", "stream"):
                 stretch(started, kind, effort.seconds_per_method)
-            rows.append(_row(f"{sockets:,} open sockets, {CALLERS} callers", server))
-    return [Section("Memory of the serving process", ("RSS", "PSS"), tuple(rows))]
+            rows.append(_row(f"{sockets:,} open sockets, {CALLERS} callers", processes))
+    return [Section("Memory of server and supervisor", ("RSS", "PSS"), tuple(rows))]
 
 
-def _row(name: str, server: psutil.Process) -> Row:
-    memory = server.memory_full_info()
-    verdict = Verdict(memory.rss, Unit.BYTES, Target(TARGET_BYTES))
-    return Row(name, (memory.rss, memory.pss), Unit.BYTES, verdict)
+def _row(name: str, processes: list[psutil.Process]) -> Row:
+    memory = [process.memory_full_info() for process in processes]
+    rss, pss = sum(each.rss for each in memory), sum(each.pss for each in memory)
+    verdict = Verdict(rss, Unit.BYTES, Target(TARGET_BYTES))
+    return Row(name, (rss, pss), Unit.BYTES, verdict)

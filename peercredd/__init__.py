@@ -15,6 +15,8 @@ if not TYPE_CHECKING:
         from importlib.metadata import PackageNotFoundError, version
 
         try:
-            return version("peercredd")
+            found = version("peercredd")
         except PackageNotFoundError:
-            return "unknown (not installed)"
+            found = "unknown (not installed)"
+        globals()[name] = found
+        return found

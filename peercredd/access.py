@@ -33,6 +33,8 @@ ROOT: Final = 0
 _MOST_CALLERS_COUNTED: Final = 1024
 _MOST_CALLERS_LOGGED: Final = 8
 
+_PROBLEM: Final = "something is wrong with peercredd; who administers it sees what in its log"
+
 log = structlog.get_logger()
 
 
@@ -213,11 +215,14 @@ class Source(Protocol):
     def connection(self, server_cookie: int) -> Connection | None:
         """Return one connection, None if it has retired."""
 
-    def status(self) -> StoreStatus:
-        """Return what the capture says of itself."""
+    def status(self, *, everything: bool = True) -> StoreStatus:
+        """Return what the capture says of itself, or only what tells of nobody it captures."""
 
     def is_attached(self) -> bool:
         """Return whether every program is in its place now."""
+
+    def problems(self) -> list[str]:
+        """Return what keeps answers from being complete now."""
 
     def attachments(self) -> dict[str, Attachment]:
         """Return for each program whether it is in its place now, and how often it ran."""
@@ -289,11 +294,15 @@ class OwnView:
 
     def status(self) -> StoreStatus:
         """Return what tells of the capture, and of nobody whom it captures."""
-        return self._source.status()._replace(cgroup="", tables=(), drops=(), so_peercred=())
+        return self._source.status(everything=False)
 
     def is_attached(self) -> bool:
         """Return whether every program is in its place now."""
         return self._source.is_attached()
+
+    def problems(self) -> list[str]:
+        """Return that something is wrong, and not what: that names cgroups and limits."""
+        return [_PROBLEM] if self._source.problems() else []
 
     def attachments(self) -> dict[str, Attachment]:
         """Return for each program whether it is in its place now, and not how often it ran."""

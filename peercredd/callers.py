@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
 from typing import Final, NamedTuple
@@ -27,7 +27,6 @@ from peercredd.access import Caller, OwnView, Policy, Refusals, Refused
 from peercredd.records import V4_MAPPED
 from peercredd.service import PeerCredentialsService, RequestError
 from peercredd.store import Answer, Reason, Store
-from peercredd.translation import Processes
 
 MAX_CALLS_PER_USER: Final = 64
 """Under way at the same time, of users who do not see all. With a request of 256 KB in each a user
@@ -63,12 +62,19 @@ class _Peer(NamedTuple):
 class Callers:
     """Admits calls that come to a port on loopback, under a policy."""
 
-    def __init__(self, store: Store, port: int, policy: Policy, refusals: Refusals) -> None:
+    def __init__(
+        self,
+        store: Store,
+        port: int,
+        policy: Policy,
+        refusals: Refusals,
+        service: Callable[..., PeerCredentialsService],
+    ) -> None:
         self.store = store
         self.port = port
         self._policy = policy
         self._refusals = refusals
-        self._processes = Processes()
+        self._service = service
         self._calls: Counter[int] = Counter()
         self._lists: Counter[int] = Counter()
 
@@ -86,7 +92,7 @@ class Callers:
         caller = self.identify(peer)
         access = self._policy.access(caller.peer)
         if access.sees_all:
-            yield PeerCredentialsService(self.store, access, self._refusals, self._processes)
+            yield self._service(self.store, access)
             return
         uid = caller.peer.euid
         view = OwnView(
@@ -96,7 +102,7 @@ class Callers:
             listener_details=access.listener_details,
         )
         with self._counted(self._calls, uid, MAX_CALLS_PER_USER, "calls"):
-            service = PeerCredentialsService(view, access, self._refusals, self._processes)
+            service = self._service(view, access)
             if not lists:
                 yield service
                 return

@@ -1,4 +1,4 @@
-"""Short-lived children: work the daemon's process must not carry the memory of."""
+"""Children: work the daemon's process must not carry the memory of, or not do as root."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import signal
 import subprocess
 import sys
 from asyncio.subprocess import Process
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 
 class ChildError(Exception):
@@ -18,11 +19,14 @@ class ChildError(Exception):
 
 
 @asynccontextmanager
-async def start(module: str, arguments: Mapping[str, str | int]) -> AsyncIterator[Process]:
+async def start(
+    module: str, arguments: Mapping[str, Any], descriptors: Sequence[int] = ()
+) -> AsyncIterator[Process]:
     """Run ``python -m MODULE JSON PID``; leaving kills it if it still runs.
 
     PID is this process's: a child that asked for PR_SET_PDEATHSIG too late sees that it
-    has another parent by then.
+    has another parent by then. One that is given `descriptors` speaks through them, and
+    writes to the daemon's own log; of any other `result` takes what it writes.
 
     Raises:
         ChildError: it cannot be started.
@@ -36,8 +40,9 @@ async def start(module: str, arguments: Mapping[str, str | int]) -> AsyncIterato
             json.dumps(arguments),
             str(os.getpid()),
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=subprocess.DEVNULL if descriptors else subprocess.PIPE,
+            stderr=None if descriptors else subprocess.PIPE,
+            pass_fds=descriptors,
             process_group=0,  # Ctrl-C on a terminal is for the daemon to handle
         )
     except OSError as error:

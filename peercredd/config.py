@@ -113,6 +113,16 @@ class Api(_Table, frozen=True):
             pattern=_ACCOUNT,
         ),
     ] = defaults.GROUP
+    user: Annotated[
+        str,
+        _option(
+            "User that the process becomes which answers. Not root; where there is no such user, "
+            "nobody.",
+            "the name of a user",
+            metavar="USER",
+            pattern=_ACCOUNT,
+        ),
+    ] = defaults.USER
     tcp: Annotated[
         bool,
         _option(
@@ -237,7 +247,7 @@ class Option(NamedTuple):
     help: str
     allowed: str
     metavar: str | None
-    """How --help writes its value: PATH, N, GROUP; None where the type says it."""
+    """How --help writes its value: PATH, N, GROUP, USER; None where the type says it."""
 
     @property
     def key(self) -> str:

@@ -1,26 +1,33 @@
-"""The life of the daemon's process: lock, load, serve, sweep, stop."""
+"""The life of the daemon's process: lock, load, have a server, sweep, stop.
+
+It has root's privileges and speaks with nobody but its children.
+"""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import structlog
 
 from peercredd import children, defaults, logs, pins, preemption, preflight
 from peercredd.access import AccessError, Policy
 from peercredd.config import Config
+from peercredd.follow import following
+from peercredd.guard import Guard
 from peercredd.libbpf import KernelError
-from peercredd.listen import ListenError
+from peercredd.listen import ListenError, UnixSocket
 from peercredd.mounts import CgroupError, cgroup_directory
+from peercredd.privileges import PrivilegeError
 from peercredd.so_peercred import OptIn, OptInError
-from peercredd.store import Store
+from peercredd.supervisor import ServerError, Supervisor
 
 log = structlog.get_logger()
 
@@ -52,12 +59,8 @@ def _run(config: Config) -> None:
         with pins.hold(Path(config.capture.pin_dir)):
             asyncio.run(_until_signalled(config, cgroup))
     except (
-        CgroupError,
-        pins.Held,
-        children.ChildError,
-        ListenError,
-        OptInError,
-        AccessError,
+        *(CgroupError, pins.Held, children.ChildError, ListenError),
+        *(OptInError, AccessError, PrivilegeError, ServerError),
     ) as error:
         raise StartError(str(error)) from error
     except KernelError as error:
@@ -109,55 +112,84 @@ async def _live(config: Config, cgroup: Path) -> None:
     # Until it serves, a daemon that fails takes away no more than it has brought.
     ends_capture = False
     try:
-        async with loading as loader:
-            log.debug("loading", pid=loader.pid)
-            # gRPC takes 0.3 s to import: the loader compiles meanwhile.
-            from peercredd import server
-            from peercredd.follow import following
-
-            output = await children.result(loader, "loader", defaults.LOADER_TIMEOUT_SECONDS)
-        loaded = json.loads(output)
-        ends_capture = not loaded["adopted"]
-        about = loaded["about"]
-        if not loaded["adopted"] and (missing := about["missing_fields"]):
-            log.warning("this kernel does not provide all of the credentials", missing=missing)
-        if about["hook_set"] == "trace" and (objection := preemption.why_not_to_trace()):
-            log.warning(f"{objection}; use --hooks cgroup")
-        if left_out := loaded.get("older", {}).get("left_out"):
-            log.warning(
-                "more connections than max_connections were there before capture: of some a "
-                "lookup will say NEVER_SEEN, not OLDER_THAN_CAPTURE",
-                sockets_left_out=left_out,
-            )
-        opt_in = OptIn(
-            pin_dir,
-            Path(config.so_peercred.state),
-            config.so_peercred.cgroups,
-            cgroup,
-            about["so_peercred"],
-        )
-        with contextlib.closing(Store(pin_dir, opt_in.rows)) as store:
-            tcp = server.LoopbackTcp(store, api.tcp_port, policy) if api.tcp else None
-            async with following(opt_in), server.serving(store, Path(api.socket), api.group, tcp):
-                log.info(
-                    "serving",
-                    socket=api.socket,
-                    tcp_port=api.tcp_port if api.tcp else None,
-                    hooks=about["hook_set"],
-                    not_in_use=about["unused_hook_sets"],
-                    cgroup=str(cgroup),
-                    pins=capture.pin_dir,
-                    capture="found running" if loaded["adopted"] else "begun",
-                    seconds_to_first_answer=round(_age_seconds(), 2),
+        with UnixSocket(Path(api.socket), api.group) as unix_socket:
+            async with Supervisor(config, policy, unix_socket, _watchdog()) as supervisor:
+                async with loading as loader:
+                    log.debug("loading", pid=loader.pid)
+                    output = await children.result(
+                        loader, "loader", defaults.LOADER_TIMEOUT_SECONDS
+                    )
+                loaded = json.loads(output)
+                ends_capture = not loaded["adopted"]
+                about = loaded["about"]
+                _warn(loaded)
+                opt_in = OptIn(
+                    pin_dir,
+                    Path(config.so_peercred.state),
+                    config.so_peercred.cgroups,
+                    cgroup,
+                    about["so_peercred"],
                 )
-                notify_systemd("READY=1")
-                ends_capture = True
-                await _sweep_at_intervals(config)
+                with Guard(pin_dir) as guard:
+                    async with following(opt_in):
+                        await supervisor.serve(opt_in.rows)
+                        log.info(
+                            "serving",
+                            socket=api.socket,
+                            tcp_port=api.tcp_port if api.tcp else None,
+                            hooks=about["hook_set"],
+                            not_in_use=about["unused_hook_sets"],
+                            cgroup=str(cgroup),
+                            pins=capture.pin_dir,
+                            capture="found running" if loaded["adopted"] else "begun",
+                            server_pid=supervisor.server_pid,
+                            seconds_to_first_answer=round(_age_seconds(), 2),
+                        )
+                        notify_systemd("READY=1")
+                        ends_capture = True
+                        await asyncio.gather(
+                            _sweep_at_intervals(config), _guard_pins(guard, opt_in, supervisor)
+                        )
     except asyncio.CancelledError:
         ends_capture = True
         raise
     finally:
         pins.remove(pin_dir, keep_capture=capture.keep or not ends_capture)
+
+
+def _warn(loaded: dict[str, Any]) -> None:
+    """Say what an administrator should look at in what the loader did."""
+    about = loaded["about"]
+    if not loaded["adopted"] and (missing := about["missing_fields"]):
+        log.warning("this kernel does not provide all of the credentials", missing=missing)
+    if about["hook_set"] == "trace" and (objection := preemption.why_not_to_trace()):
+        log.warning(f"{objection}; use --hooks cgroup")
+    if left_out := loaded.get("older", {}).get("left_out"):
+        log.warning(
+            "more connections than max_connections were there before capture: of some a "
+            "lookup will say NEVER_SEEN, not OLDER_THAN_CAPTURE",
+            sockets_left_out=left_out,
+        )
+
+
+async def _guard_pins(guard: Guard, opt_in: OptIn, supervisor: Supervisor) -> None:
+    while True:
+        if not guard.is_complete():
+            problem = guard.restore()
+            supervisor.problems = [problem] if problem else []
+            if not problem:
+                try:
+                    await asyncio.to_thread(opt_in.reconcile)
+                except OptInError as error:
+                    log.error(f"SO_PEERCRED on TCP stays as it is until the next change: {error}")
+        await asyncio.sleep(defaults.PULSE_SECONDS)
+
+
+def _watchdog() -> Callable[[], None]:
+    """What to call when the server has shown that it lives: tells systemd, if it wants to know."""
+    if not os.environ.get("WATCHDOG_USEC"):
+        return lambda: None
+    return lambda: notify_systemd("WATCHDOG=1")
 
 
 async def _sweep_at_intervals(config: Config) -> None:
@@ -187,11 +219,11 @@ def notify_systemd(state: str) -> None:
         return
     if address.startswith("@"):  # abstract: unix(7) writes it with a NUL
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-        try:
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
             channel.sendto(state.encode(), address)
-        except OSError as error:
-            log.warning("systemd cannot be told", state=state, reason=error.strerror)
+    except OSError as error:
+        log.warning("systemd cannot be told", state=state, reason=error.strerror)
 
 
 def _age_seconds() -> float:

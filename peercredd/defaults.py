@@ -40,6 +40,8 @@ TCP: Final = True
 TCP_PORT: Final = 338
 """Below 1024, so that nobody without a privilege can stand in for a daemon that is down. IANA has
 assigned none of 334 to 343; and below 512, where bindresvport(3) takes no port for a client."""
+USER: Final = "peercredd"
+"""Made by packaging's sysusers.d; owns nothing, and nobody logs in as it."""
 
 SO_PEERCRED_STATE: Final = "/var/lib/peercredd/so_peercred.json"
 """What an administrator enables stays enabled after a reboot; systemd's StateDirectory= makes the
@@ -70,6 +72,23 @@ REFUSALS_LOG_SECONDS: Final = 60
 
 SWEEPER_TIMEOUT_SECONDS: Final = 60
 """A sweep takes milliseconds; the next one must not wait for a stuck one for ever."""
+
+PULSE_SECONDS: Final = 1.0
+"""Between two questions whether the server is alive; each costs some microseconds."""
+
+PULSE_TIMEOUT_SECONDS: Final = 30.0
+"""A server that is silent for so long is replaced. A machine that is short of CPU or memory may
+make it wait for some seconds; a client waits for 5."""
+
+SERVER_START_SECONDS: Final = 60.0
+"""A start takes half a second; an emulated machine that has other work takes many."""
+
+RESTART_SECONDS: Final = (0.0, 0.1, 0.2, 0.5, 1.0)
+"""Before a server that died has its successor: at once, and later while they keep dying; the last
+one stays. A start takes half a second of CPU, and callers wait for it."""
+
+RESTART_FORGIVEN_SECONDS: Final = 10.0
+"""A server that has lived so long died of something new."""
 
 STOP_GRACE_SECONDS: Final = 1
 """For calls under way at SIGTERM. Unary calls take microseconds; a stream never ends by

@@ -1,9 +1,9 @@
-"""grpc.health.v1: SERVING only while the capture is in place, which is asked each time."""
+"""grpc.health.v1: SERVING only while nothing is wrong, which is asked each time."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
 
 from google.rpc import code_pb2
 from google.rpc.status_pb2 import Status
@@ -19,10 +19,10 @@ _SERVICES = ("", _PEER_CREDENTIALS)
 
 
 class HealthService:
-    """The answers of grpc.health.v1.Health; `capture_in_place` tells the state of now."""
+    """The answers of grpc.health.v1.Health; `problems` tells what is wrong now."""
 
-    def __init__(self, capture_in_place: Callable[[], bool]) -> None:
-        self._capture_in_place = capture_in_place
+    def __init__(self, problems: Callable[[], Collection[str]]) -> None:
+        self._problems = problems
 
     def check(self, request: health_pb2.HealthCheckRequest) -> health_pb2.HealthCheckResponse:
         """Return the present state. Raises RequestError for an unknown service."""
@@ -48,7 +48,7 @@ class HealthService:
             await asyncio.sleep(WATCH_INTERVAL_SECONDS)
 
     def _state(self) -> health_pb2.HealthCheckResponse:
-        return _SERVING if self._capture_in_place() else _NOT_SERVING
+        return _NOT_SERVING if self._problems() else _SERVING
 
 
 _SERVING = health_pb2.HealthCheckResponse(status=health_pb2.HealthCheckResponse.SERVING)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import functools
 import grp
 import os
 import socket
@@ -41,18 +42,22 @@ class ListenError(Exception):
 class UnixSocket:
     """The right to listen at a path, for as long as the ``with`` block runs.
 
-    Inside: bind `private_path`, be ready to serve, `publish()`. Leaving removes
-    the socket, unless another one has been put in its place.
+    Inside: bind `private_path`, be ready to serve, `publish()`; another process may be the
+    one to bind it, if it gets `folder`. When that one has died, `renew()` and begin again.
+    Leaving removes the socket, unless another one has been put in its place.
 
     Clients find the socket at `path`; a missing folder is made, mode 0755. Members
     of `group` may connect, besides root: owner root, mode 0660. Where there is no
     such group a warning is logged and the mode is 0600.
 
-    Entering and `publish()` raise ListenError.
+    Entering, `publish()` and `renew()` raise ListenError.
     """
 
     private_path: str
     """What to bind. Short however long `path` is."""
+
+    folder: int
+    """Descriptor of the private folder, by which `private_path` names it."""
 
     def __init__(self, path: Path, group: str) -> None:
         self._path = path.absolute()
@@ -69,27 +74,33 @@ class UnixSocket:
             _make_folder(self._path.parent)
             undo.enter_context(_locked(self._path))
             _require_free(self._path)
-            self._private_folder = self._path.parent / f".peercredd-{os.urandom(8).hex()}"
-            self._private_folder.mkdir(mode=0o700)
+            self._published: tuple[int, int] | None = None
+            self._make_private_folder()
+            undo.callback(self._close_folder)
             undo.callback(self._remove_private_folder)
-            # Held to the end: gRPC deletes what it finds at the path it once bound.
-            folder = os.open(self._private_folder, os.O_PATH | os.O_DIRECTORY)
-            undo.callback(os.close, folder)
-            self.private_path = f"/proc/self/fd/{folder}/socket"
+            undo.callback(self._remove)
             self._undo = undo.pop_all()
         return self
 
     def publish(self) -> None:
-        """Move the bound socket to its path; until then nobody can connect."""
+        """Move the bound socket to its path; until then nobody can connect to it."""
         with _explained(self._path):
             bound = Path(self.private_path)
-            mode, gid = self._access()
+            mode, gid = self._access
             os.chown(bound, -1, gid)
             bound.chmod(mode)
             status = bound.stat()
             bound.rename(self._path)
-            self._undo.callback(self._remove, (status.st_dev, status.st_ino))
+            self._published = status.st_dev, status.st_ino
             self._remove_private_folder()
+
+    def renew(self) -> None:
+        """Make another `private_path`. What is published stays until the next `publish()`."""
+        with _explained(self._path):
+            self._remove_private_folder()
+            before = self.folder
+            self._make_private_folder()
+            os.close(before)
 
     def __exit__(
         self,
@@ -99,6 +110,14 @@ class UnixSocket:
     ) -> None:
         self._undo.close()
 
+    def _make_private_folder(self) -> None:
+        self._private_folder = self._path.parent / f".peercredd-{os.urandom(8).hex()}"
+        self._private_folder.mkdir(mode=0o700)
+        # Held to the end: gRPC deletes what it finds at the path it once bound.
+        self.folder = os.open(self._private_folder, os.O_PATH | os.O_DIRECTORY)
+        self.private_path = f"/proc/self/fd/{self.folder}/socket"
+
+    @functools.cached_property
     def _access(self) -> tuple[int, int]:
         try:
             return 0o660, grp.getgrnam(self._group).gr_gid
@@ -110,18 +129,21 @@ class UnixSocket:
             )
             return 0o600, os.getegid()
 
-    def _remove(self, identity: tuple[int, int]) -> None:
+    def _remove(self) -> None:
         try:
             status = self._path.lstat()
         except FileNotFoundError:
             return
-        if (status.st_dev, status.st_ino) == identity:
+        if (status.st_dev, status.st_ino) == self._published:
             self._path.unlink()
 
     def _remove_private_folder(self) -> None:
         if self._private_folder.exists():
             (self._private_folder / "socket").unlink(missing_ok=True)
             self._private_folder.rmdir()
+
+    def _close_folder(self) -> None:
+        os.close(self.folder)
 
 
 def free_loopback_addresses(port: int) -> list[str]:

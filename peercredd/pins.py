@@ -30,7 +30,7 @@ MAPS = "maps"
 LINKS = "links"
 PROGRAMS = "programs"
 SO_PEERCRED = "so_peercred"
-_PARTS = (SO_PEERCRED, LINKS, PROGRAMS, MAPS)
+PARTS = (SO_PEERCRED, LINKS, PROGRAMS, MAPS)
 _STAGING = "staging-"
 _LOCK_SECONDS = 60.0
 _LOCK_RETRY_SECONDS = 0.01
@@ -125,7 +125,7 @@ def stage(pin_dir: Path) -> Path:
     """A new folder to build a capture in."""
     folder = pin_dir / f"{_STAGING}{os.getpid()}"
     folder.mkdir(mode=0o700)
-    for part in _PARTS:
+    for part in PARTS:
         (folder / part).mkdir(mode=0o700)
     return folder
 
@@ -154,7 +154,7 @@ def _dismantle(folder: Path) -> None:
 def _take_apart(folder: Path) -> None:
     # Detach first: while one program is gone and others stay, records could be
     # made that nothing retires, and read; so the maps go last.
-    for part in _PARTS:
+    for part in PARTS:
         for pinned in sorted((folder / part).glob("*")):
             if part in (SO_PEERCRED, LINKS):
                 _detach(pinned)

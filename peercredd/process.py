@@ -6,16 +6,12 @@ as long as the daemon runs: click, importlib.metadata and the like are 3 MB.
 
 from __future__ import annotations
 
-import os
 import sys
 
-if __name__ == "__main__":
-    # structlog imports rich, and asyncio ssl, where they are installed, and nothing of
-    # either is used. None says "not installed": 8 MB.
-    sys.modules.update(dict.fromkeys(("rich", "ssl")))  # type: ignore[arg-type]
+from peercredd import lean
 
-    # gRPC writes what strangers send to the socket into the log, as it comes.
-    os.environ["GRPC_VERBOSITY"] = "NONE"
+if __name__ == "__main__":
+    lean.leave_out()
 
     import msgspec
 

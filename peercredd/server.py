@@ -9,8 +9,11 @@ so a handful of idle clients keeps all others waiting.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 import resource
+import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import (
     AbstractContextManager,
@@ -19,7 +22,6 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
 
 import grpc
@@ -36,7 +38,7 @@ from peercredd.access import Policy, Refusals, Refused
 from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
-from peercredd.listen import UnixSocket, free_loopback_addresses, port_in_use
+from peercredd.listen import free_loopback_addresses, port_in_use
 from peercredd.service import PeerCredentialsService, RequestError, View
 from peercredd.store import Store
 
@@ -128,52 +130,67 @@ class LoopbackTcp:
     policy: Policy
 
 
+def _nothing() -> None:
+    """Nothing is to be done."""
+
+
 @asynccontextmanager
 async def serving(
-    view: View, path: Path, group: str, tcp: LoopbackTcp | None = None
+    view: View,
+    path: str,
+    *,
+    tcp: LoopbackTcp | None = None,
+    service: Callable[..., Service] = PeerCredentialsService,
+    bound: Callable[[], None] = _nothing,
 ) -> AsyncIterator[None]:
-    """Serve on the unix socket `path`, and on `tcp`, for as long as the ``async with`` block runs.
+    """Serve on a unix socket, and on `tcp`, for as long as the ``async with`` block runs.
 
-    The block begins when clients can connect, so say there that the daemon is
-    ready, and wait for what ends it. On leaving, calls under way get
+    The block begins when the server accepts connections. On leaving, calls under way get
     STOP_GRACE_SECONDS.
 
-    Both are listened on before the first call is answered.
+    Args:
+        view: what is served on the unix socket.
+        path: to bind; see `listen.UnixSocket`.
+        tcp: where else.
+        service: makes what answers; has the parameters of PeerCredentialsService.
+        bound: called when all addresses are bound and nothing has been read from anybody:
+            the moment to give up privileges.
 
-    Raises `listen.ListenError`.
+    Raises:
+        ListenError: a port cannot be had.
     """
     refusals = Refusals()
     max_connections, max_tcp_connections = _connections_with_descriptors()
-    with UnixSocket(path, group) as unix_socket:
-        service = PeerCredentialsService(view, refusals=refusals)
+    service = functools.partial(service, refusals=refusals)
+    for_members = service(view)
 
-        def everybody(_context: _Context, _lists: bool) -> AbstractContextManager[Service]:
-            return nullcontext(service)
+    def everybody(_context: _Context, _lists: bool) -> AbstractContextManager[Service]:
+        return nullcontext(for_members)
 
-        server = grpc.aio.server(
-            handlers=handlers(view, Gate(everybody, Places(MAX_OPEN_STREAMS), counts_early=False)),
-            options=(*OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
-            maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
-        )
-        server.add_insecure_port(f"unix:{unix_socket.private_path}")
-        servers = [server]
-        callers = Callers(tcp.store, tcp.port, tcp.policy, refusals) if tcp else None
-        if callers:
-            servers.append(_listening_on_loopback(callers, max_tcp_connections))
-        tasks = [asyncio.create_task(_log_refusals(refusals))]
-        try:
-            for each in servers:
-                await each.start()
-            if callers:
-                await _warn_if_blind(callers)
-                tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
-            unix_socket.publish()
-            yield
-        finally:
-            for task in tasks:
-                task.cancel()
-            refusals.write_log()
-            await asyncio.gather(*(each.stop(STOP_GRACE_SECONDS) for each in servers))
+    server = grpc.aio.server(
+        handlers=handlers(view, Gate(everybody, Places(MAX_OPEN_STREAMS), counts_early=False)),
+        options=(*OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
+        maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
+    )
+    server.add_insecure_port(f"unix:{path}")
+    servers = [server]
+    callers = Callers(tcp.store, tcp.port, tcp.policy, refusals, service) if tcp else None
+    if callers:
+        servers.append(_listening_on_loopback(callers, max_tcp_connections))
+        _warn_if_blind(callers)
+    bound()
+    tasks = [asyncio.create_task(_log_refusals(refusals))]
+    if callers:
+        tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
+    try:
+        for each in servers:
+            await each.start()
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        refusals.write_log()
+        await asyncio.gather(*(each.stop(STOP_GRACE_SECONDS) for each in servers))
 
 
 def _listening_on_loopback(callers: Callers, max_connections: int) -> grpc.aio.Server:
@@ -241,21 +258,19 @@ async def _close_surplus(callers: Callers, refusals: Refusals) -> None:
             log.warning("surplus connections stay for now", reason=error.strerror)
 
 
-async def _warn_if_blind(callers: Callers) -> None:
+def _warn_if_blind(callers: Callers) -> None:
     """Make a connection to the daemon itself, and see that the table knows it."""
     try:
-        _, connection = await asyncio.open_connection("127.0.0.1", callers.port)
+        connection = socket.create_connection(("127.0.0.1", callers.port))
     except OSError:  # a host without IPv4
         return
-    host, port = connection.get_extra_info("sockname")
-    try:
+    with connection:
+        host, port = connection.getsockname()
         # The server's socket may be born an instant after connect() returns.
         for _ in range(20):
             if callers.knows(host, port):
                 return
-            await asyncio.sleep(0.05)
-    finally:
-        connection.close()
+            time.sleep(0.05)
     log.warning(
         "callers on loopback TCP cannot be told, so all are refused: connections to the daemon "
         "are not recorded; start it within the captured cgroup, or set api.tcp = false"
@@ -297,7 +312,7 @@ def handlers(view: View, gate: Gate) -> list[grpc.GenericRpcHandler]:
     Messages are decoded here and not by gRPC, which would answer garbage with
     UNKNOWN and a traceback in the log.
     """
-    health = HealthService(view.is_attached)
+    health = HealthService(view.problems)
     reflector = reflection.aio.ReflectionServicer(
         (_PEER_CREDENTIALS, _HEALTH, reflection.SERVICE_NAME)
     )

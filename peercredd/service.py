@@ -22,9 +22,11 @@ import peercredd
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import encode, keys
 from peercredd.access import ON_UNIX_SOCKET, Access, Refusals
+from peercredd.processes import NamespaceUnknown, SupervisorSilent
+from peercredd.processes import Processes as LocalProcesses
 from peercredd.records import V4_MAPPED, Connection
 from peercredd.store import Answer, Attachment, Reason, StoreStatus
-from peercredd.translation import INITIAL, NamespaceUnknown, Processes, Viewpoint
+from peercredd.translation import INITIAL, Processes, Viewpoint
 
 MAX_BATCH_KEYS = 1000
 PAGE = 100
@@ -90,6 +92,9 @@ class View(Protocol):
     def is_attached(self) -> bool:
         """Return whether every program is in its place now."""
 
+    def problems(self) -> list[str]:
+        """Return what keeps answers from being complete now, a line each for people."""
+
     def attachments(self) -> dict[str, Attachment]:
         """Return for each program whether it is in its place now, and how often it ran."""
 
@@ -106,6 +111,7 @@ class PeerCredentialsService:
         access: Access = ON_UNIX_SOCKET,
         refusals: Refusals | None = None,
         processes: Processes | None = None,
+        daemon_pid: int | None = None,
     ) -> None:
         """Answer callers with this access, whose view it is.
 
@@ -113,12 +119,14 @@ class PeerCredentialsService:
             view: what they may learn about.
             access: what they are told of that.
             refusals: what callers on loopback TCP did not get.
-            processes: shared by services that ask for the same namespaces.
+            processes: who knows the namespaces of processes; None looks into /proc, as root can.
+            daemon_pid: of the process that administrators signal; None for this one.
         """
         self._view = view
         self._access = access
         self._refusals = refusals or Refusals()
-        self._processes = processes or Processes()
+        self._processes = processes or LocalProcesses()
+        self._daemon_pid = daemon_pid or os.getpid()
 
     def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
         """Answer one key."""
@@ -192,15 +200,21 @@ class PeerCredentialsService:
         response = pb.GetStatusResponse(
             version=peercredd.__version__,
             kernel_release=os.uname().release,
-            daemon_pid=os.getpid(),
+            daemon_pid=self._daemon_pid,
+            server_pid=os.getpid(),
             netns_cookie=self._view.own_netns_cookie,
         )
-        encode.capture(response, self._view.status())
+        try:
+            encode.capture(response, self._view.status())
+        except SupervisorSilent as error:
+            raise RequestError(_silent(error)) from None
         response.scope = encode.scope(self._access)
         if self._access.sees_all:
             encode.refusals(response, self._refusals)
         for program, state in self._view.attachments().items():
             encode.attachment(response.attachments.add(), program, state)
+        # Last: what the lines above could not do is among them.
+        response.problems.extend(self.problems())
         return response
 
     def who_am_i(self, _: pb.WhoAmIRequest) -> pb.WhoAmIResponse:
@@ -208,6 +222,10 @@ class PeerCredentialsService:
         response = pb.WhoAmIResponse()
         encode.access(response, self._access)
         return response
+
+    def problems(self) -> list[str]:
+        """Why the health service says NOT_SERVING, a line each; empty while all is well."""
+        return self._view.problems()
 
     def capture_in_place(self) -> bool:
         """Whether every program is attached, asked of the kernel now."""
@@ -232,6 +250,8 @@ class PeerCredentialsService:
                     code_pb2.INVALID_ARGUMENT, "NAMESPACE_UNKNOWN", f"{field}: {error}", field
                 )
             ) from None
+        except SupervisorSilent as error:
+            raise RequestError(_silent(error)) from None
 
     def _result(
         self,
@@ -307,6 +327,10 @@ def _require_agreement(key: keys.Key, found: Answer) -> None:
         else:
             return
     raise keys.InvalidKey(field, "not that of the socket named by socket_cookie", "KEYS_DISAGREE")
+
+
+def _silent(error: SupervisorSilent) -> Status:
+    return encode.error(code_pb2.UNAVAILABLE, "SUPERVISOR_SILENT", str(error))
 
 
 def _invalid(prefix: str, error: keys.InvalidKey) -> Status:

@@ -126,14 +126,25 @@ class Store:
     own_netns_cookie: int
     """SO_NETNS_COOKIE of the network namespace that this process is in."""
 
-    def __init__(self, pin_dir: Path, opted_in: Callable[[], Iterable[Row]] = tuple) -> None:
-        """Open the capture in `pin_dir`; `opted_in` tells where SO_PEERCRED on TCP is asked for.
+    def __init__(
+        self,
+        pin_dir: Path,
+        opted_in: Callable[[], Iterable[Row]] = tuple,
+        troubles: Callable[[], Iterable[str]] = tuple,
+    ) -> None:
+        """Open the capture in `pin_dir`; after that no privilege is needed any more.
+
+        Args:
+            pin_dir: as pinned by the loader.
+            opted_in: tells where SO_PEERCRED on TCP is asked for.
+            troubles: tells what else is wrong now, for `problems`.
 
         Raises:
             OSError: there is none, or it may not be opened.
         """
         capture = pin_dir / pins.CAPTURE
         self._opted_in = opted_in
+        self._troubles = troubles
         self._resources = ExitStack()
         try:
             self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
@@ -155,6 +166,9 @@ class Store:
             }
             text = self._open(capture, "about").lookup(bytes(4)) or b""
             self._about = json.loads(text.rstrip(b"\0"))
+            # Opened now: later there may be no descriptor left.
+            self._statistics = self._open_file(_STATISTICS)
+            self._ftrace = self._open_file(_FTRACE)
             self.own_netns_cookie = own_cookie()
         except BaseException:
             self.close()
@@ -257,13 +271,24 @@ class Store:
         data = self._connections.lookup(_COOKIE.pack(server_cookie))
         return records.connection(data) if data else None
 
-    def status(self) -> StoreStatus:
-        """The state of the capture now; counting the tables takes milliseconds."""
-        return StoreStatus(
+    def status(self, *, everything: bool = True) -> StoreStatus:
+        """The state of the capture now; counting the tables takes milliseconds.
+
+        Without `everything` it is what tells of nobody who is captured, and takes no time.
+        """
+        status = StoreStatus(
             hook_set=self._about["hook_set"],
             unused_hook_sets=self._about["unused_hook_sets"],
-            cgroup=self._about["cgroup"],
+            cgroup="",
             capture_start_time_ns=self._about["started_ns"],
+            tables=(),
+            drops=(),
+            missing_fields=tuple(self._about["missing_fields"]),
+        )
+        if not everything:
+            return status
+        return status._replace(
+            cgroup=self._about["cgroup"],
             tables=tuple(
                 Table(
                     name,
@@ -277,7 +302,6 @@ class Store:
                 Drop(name, self._drop_count(index), description)
                 for index, (name, description) in enumerate(records.DROPS, 1)
             ),
-            missing_fields=tuple(self._about["missing_fields"]),
             so_peercred=tuple(self._opted_in()),
         )
 
@@ -285,9 +309,28 @@ class Store:
         """Whether every program is in its place at this moment."""
         return bool(self._links) and all(map(self._is_in_place, self._links))
 
+    def problems(self) -> list[str]:
+        """What keeps answers from being complete now: one line each, with what mends it."""
+        lost = [program for program in self._links if not self._is_in_place(program)]
+        cgroup = self._about["cgroup"]
+        problems = [
+            f"not called: {', '.join(programs)}; {mend}"
+            for programs, mend in (
+                ([each for each in lost if each in self._traced], "sysctl kernel.ftrace_enabled=1"),
+                (
+                    [each for each in lost if each not in self._traced],
+                    f"somebody detached them, or {cgroup} was removed: restart peercredd",
+                ),
+            )
+            if programs
+        ]
+        if not self._links:
+            problems.append("nothing is attached; restart peercredd")
+        return [*problems, *self._troubles()]
+
     def attachments(self) -> dict[str, Attachment]:
         """Each BPF program, whether it is in its place, and how often it ran."""
-        counting = _reads(_STATISTICS, "1")
+        counting = _reads(self._statistics, b"1")
         return {
             name: Attachment(
                 self._is_in_place(name),
@@ -300,7 +343,7 @@ class Store:
     def _is_in_place(self, program: str) -> bool:
         if program in self._traced:
             # Its link stays; but without ftrace the kernel does not call it.
-            return not _reads(_FTRACE, "0")
+            return not _reads(self._ftrace, b"0")
         return link_cgroup_id(self._links[program]) != 0
 
     def _hold(self, descriptor: int) -> int:
@@ -311,6 +354,12 @@ class Store:
         opened = Map.open(capture / pins.MAPS / name)
         self._resources.callback(opened.close)
         return opened
+
+    def _open_file(self, path: Path) -> int | None:
+        """A descriptor; None if there is no such file."""
+        with suppress(FileNotFoundError):
+            return self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        return None
 
     def _newest(self, key: bytes) -> tuple[bytes | None, tuple[int, int]]:
         """The record that the tuple's index points to, if it is still of that tuple.
@@ -361,8 +410,6 @@ def _answer(data: bytes, asker_is_server: bool) -> Answer | Reason:
     )
 
 
-def _reads(path: Path, value: str) -> bool:
+def _reads(descriptor: int | None, value: bytes) -> bool:
     """Whether a sysctl has that value; one that this kernel lacks has none."""
-    with suppress(FileNotFoundError):
-        return path.read_text().strip() == value
-    return False
+    return descriptor is not None and os.pread(descriptor, 64, 0).strip() == value

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Final, Literal, TypeAlias, TypeVar
+from typing import Final, Literal, Protocol, TypeAlias
 
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.records import (
@@ -45,74 +44,19 @@ _UID_FIELDS: Final[tuple[_IdField, ...]] = ("uid", "real_uid", "saved_uid", "fil
 _GID_FIELDS: Final[tuple[_IdField, ...]] = ("gid", "real_gid", "saved_gid", "filesystem_gid")
 
 _TICK_NS: Final = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
-_START_TIME: Final = 19
-"""Of what follows the name in proc_pid_stat(5), in clock ticks since boot, rounded down."""
-
-_MOST_HINTS: Final = 4096
-
-T = TypeVar("T")
 
 
-class NamespaceUnknown(ValueError):  # noqa: N818 - named like the reason it becomes
-    """A namespace in which there is no process to be seen; `field` is that of Namespaces."""
+class Processes(Protocol):
+    """What must be known of the processes in a namespace: see `processes.Processes`."""
 
-    def __init__(self, field: str, namespace: int) -> None:
-        kind = field.removesuffix("_namespace")
-        super().__init__(
-            f"{namespace} is no {kind} namespace that peercredd sees a process in; send the inode "
-            f"number of /proc/self/ns/{kind}, or leave it out for the initial one"
-        )
-        self.field = field
+    def start_of_pid_namespace(self, namespace: int) -> int:
+        """When its first process started, in clock ticks since boot."""
 
+    def maps_of_user_namespace(self, namespace: int) -> tuple[str, str]:
+        """Its uid_map and gid_map."""
 
-class Processes:
-    """Finds the processes of a namespace; knows where it found one before, and looks there first.
-
-    A number used again is noticed: what is found is always what is there now.
-    """
-
-    def __init__(self) -> None:
-        self._hints: dict[int, str] = {}
-
-    def find(self, field: str, namespace: int, read: Callable[[int], T | None]) -> T:
-        """What `read` makes of the first process in a namespace that it makes anything of.
-
-        Args:
-            field: that of Namespaces.
-            namespace: inode number.
-            read: is given a descriptor of the process's folder in /proc.
-
-        Raises:
-            NamespaceUnknown: there is none.
-        """
-        link = f"ns/{field.removesuffix('_namespace')}"
-        for pid in self._candidates(namespace):
-            try:
-                # Of a thousand processes one is wanted: pathlib would take twice as long.
-                if os.stat(f"/proc/{pid}/{link}").st_ino != namespace:  # noqa: PTH116
-                    continue
-                # From here on it is one process, whatever its number will be used for.
-                folder = os.open(f"/proc/{pid}", os.O_PATH | os.O_DIRECTORY)
-                try:
-                    before = os.stat(link, dir_fd=folder).st_ino
-                    found = read(folder)
-                    # A process can go to a namespace below, and never comes back.
-                    after = os.stat(link, dir_fd=folder).st_ino
-                finally:
-                    os.close(folder)
-            except OSError:  # it has ended
-                continue
-            if found is not None and before == after == namespace:
-                if len(self._hints) >= _MOST_HINTS:
-                    self._hints.clear()
-                self._hints[namespace] = pid
-                return found
-        raise NamespaceUnknown(field, namespace)
-
-    def _candidates(self, namespace: int) -> Iterator[str]:
-        if hint := self._hints.get(namespace):
-            yield hint
-        yield from filter(str.isdecimal, os.listdir("/proc"))  # noqa: PTH208 - as above
+    def start_of_process(self, pid: int) -> int | None:
+        """When a process started, in clock ticks since boot; None if it has ended."""
 
 
 class IdMap:
@@ -138,28 +82,13 @@ class IdMap:
         return self._overflow_id if number is None else number
 
 
-def start_of_first(folder: int) -> int | None:
-    """When a process started that is the first in its pid namespace; None for any other.
-
-    Args:
-        folder: descriptor of its folder in /proc.
-
-    Returns:
-        Clock ticks since boot, rounded down.
-    """
-    for line in _read(folder, "status").splitlines():
-        if line.startswith("NSpid:"):
-            is_first = line.split()[-1] == "1"
-            return _start_tick(_read(folder, "stat")) if is_first else None
-    return None
-
-
 class PidNamespace:
     """A pid namespace other than the initial one."""
 
     def __init__(self, inode: int, processes: Processes) -> None:
         self.inode = inode
-        self._start_tick = processes.find("pid_namespace", inode, start_of_first)
+        self._start_tick = processes.start_of_pid_namespace(inode)
+        self._processes = processes
 
     def pid(self, record: Credentials) -> int | None:
         """The process's number there: 0 if it is not visible, None if that cannot be told."""
@@ -176,11 +105,8 @@ class PidNamespace:
         if self._start_tick != record.time_ns // _TICK_NS:
             return self._start_tick < record.time_ns // _TICK_NS
         # As near as clock ticks go. A process that still runs keeps its namespaces.
-        try:
-            start = _start_tick(Path(f"/proc/{record.tgid}/stat").read_text(errors="replace"))
-        except OSError:
-            return False
-        known = bool(record.known & HAS_START_TIME)
+        start = self._processes.start_of_process(record.tgid)
+        known = start is not None and bool(record.known & HAS_START_TIME)
         return known and start == record.process_start_time_ns // _TICK_NS
 
 
@@ -188,7 +114,7 @@ class UserNamespace:
     """A user namespace other than the initial one."""
 
     def __init__(self, inode: int, processes: Processes) -> None:
-        uids, gids = processes.find("user_namespace", inode, _maps)
+        uids, gids = processes.maps_of_user_namespace(inode)
         self._uids = IdMap(uids, _overflow_id("uid"))
         self._gids = IdMap(gids, _overflow_id("gid"))
 
@@ -248,20 +174,5 @@ class Viewpoint:
                 message.tid = pid
 
 
-def _start_tick(stat: str) -> int:
-    return int(stat.rpartition(")")[2].split()[_START_TIME])
-
-
-def _maps(folder: int) -> tuple[str, str]:
-    return _read(folder, "uid_map"), _read(folder, "gid_map")
-
-
 def _overflow_id(kind: str) -> int:
     return int(Path(f"/proc/sys/kernel/overflow{kind}").read_text())
-
-
-def _read(folder: int, name: str) -> str:
-    with open(
-        name, errors="replace", opener=lambda path, flags: os.open(path, flags, dir_fd=folder)
-    ) as file:
-        return file.read()

@@ -357,6 +357,8 @@ def status(response: pb.GetStatusResponse) -> Status:
         refusals=tuple(Refusal(r.reason, r.count, r.description) for r in response.refusals),
         # A daemon that does not say has none but callers who see all.
         scope=_SCOPES.get(response.scope, Scope.ALL),
+        server_pid=response.server_pid,
+        problems=tuple(response.problems),
     )
 
 

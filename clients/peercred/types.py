@@ -272,6 +272,7 @@ class Status:
     missing_fields: tuple[str, ...]
     attachments: tuple[Attachment, ...]
     daemon_pid: int
+    """The one to send signals to."""
     netns_cookie: int
     unused_hook_sets: tuple[UnusedHookSet, ...] = ()
     so_peercred: tuple[SoPeercred, ...] = ()
@@ -280,3 +281,7 @@ class Status:
     scope: Scope = Scope.ALL
     """With OWN nothing is said that tells of others: `cgroup` is empty, and so are all tables,
     drops, cgroups that SO_PEERCRED is answered in, and refusals."""
+    server_pid: int = 0
+    """The process that answers, a child of the daemon; 0 if the daemon does not say."""
+    problems: tuple[str, ...] = ()
+    """Why the health service says NOT_SERVING now; empty while all is well."""

@@ -152,20 +152,33 @@ class MemoryView:
     def connection(self, server_cookie: int) -> Connection | None:
         return self.connections.get(server_cookie)
 
-    def status(self) -> StoreStatus:
-        return StoreStatus(
+    def status(self, *, everything: bool = True) -> StoreStatus:
+        status = StoreStatus(
             hook_set="cgroup",
-            cgroup="/sys/fs/cgroup",
+            cgroup="",
             capture_start_time_ns=5_000_000_000,
-            tables=(Table("connections", len(self.connections), 131072, 32768),),
-            drops=(Drop("PENDING_FULL", 0, "no room"), Drop("OTHER_SYN", 3, "another SYN")),
+            tables=(),
+            drops=(),
             missing_fields=("login_uid",),
             unused_hook_sets={"trace": "the kernel cannot attach to tcp_connect"},
+        )
+        if not everything:
+            return status
+        return status._replace(
+            cgroup="/sys/fs/cgroup",
+            tables=(Table("connections", len(self.connections), 131072, 32768),),
+            drops=(Drop("PENDING_FULL", 0, "no room"), Drop("OTHER_SYN", 3, "another SYN")),
         )
 
     def is_attached(self) -> bool:
         self.attachments_asked += 1
         return bool(self.attached) and all(self.attached.values())
+
+    def problems(self) -> list[str]:
+        self.attachments_asked += 1
+        if not self.attached:
+            return ["nothing is attached"]
+        return [f"{each} is detached" for each, attached in self.attached.items() if not attached]
 
     def attachments(self) -> dict[str, Attachment]:
         return {

@@ -28,7 +28,7 @@ from harness.memory_view import MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 from peercredd import health, server
-from peercredd.listen import ListenError
+from peercredd.listen import ListenError, UnixSocket
 from peercredd.records import Connection
 from peercredd.store import Answer, Attachment, Reason
 
@@ -66,6 +66,9 @@ class BrokenView(MemoryView):
     def is_attached(self) -> bool:
         raise RuntimeError("a secret of the inside")
 
+    def problems(self) -> list[str]:
+        raise RuntimeError("a secret of the inside")
+
     def attachments(self) -> dict[str, Attachment]:
         raise RuntimeError("a secret of the inside")
 
@@ -87,10 +90,12 @@ def served(view: MemoryView, path: Path) -> Iterator[grpc.Channel]:
 
     async def main() -> None:
         stop = asyncio.Event()
-        async with server.serving(view, path, OWN_GROUP):
-            loop = asyncio.get_running_loop()
-            started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
-            await stop.wait()
+        with UnixSocket(path, OWN_GROUP) as unix_socket:
+            async with server.serving(view, unix_socket.private_path):
+                unix_socket.publish()
+                loop = asyncio.get_running_loop()
+                started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
+                await stop.wait()
 
     with ThreadPoolExecutor(1) as thread:
         ended = thread.submit(asyncio.run, main())

@@ -15,19 +15,16 @@ from hypothesis import strategies as st
 
 from harness.memory_view import MemoryView, connection, credentials
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd.processes import NamespaceUnknown, Processes, T, start_of_first
 from peercredd.records import HAS_PID_NAMESPACE, HAS_START_TIME, MAX_PID_LEVELS, Credentials
 from peercredd.service import PeerCredentialsService, RequestError
 from peercredd.translation import (
     INITIAL_PID_NAMESPACE,
     INITIAL_USER_NAMESPACE,
     IdMap,
-    NamespaceUnknown,
     PidNamespace,
-    Processes,
-    T,
     UserNamespace,
     Viewpoint,
-    start_of_first,
 )
 
 TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")

@@ -191,6 +191,9 @@ def check_hooks(client: Client) -> Check:
         status = client.status()
     except PeerCredError:
         return Check(name, Outcome.UNKNOWN, "the daemon does not say", MEND_THE_DAEMON)
+    if status.problems:
+        detail, _, mend = status.problems[0].partition("; ")
+        return Check(name, Outcome.FAILED, detail, mend or MEND_BY_THE_LOG)
     lost = [attachment.program for attachment in status.attachments if not attachment.attached]
     if lost or not status.attachments:
         return Check(

@@ -46,6 +46,8 @@ def _print(answer: Status) -> None:
         [
             ("version", answer.version),
             ("daemon pid", str(answer.daemon_pid)),
+            ("server pid", str(answer.server_pid or "-")),
+            *(("problem", Styled(problem, "red")) for problem in answer.problems),
             ("kernel", answer.kernel_release),
             ("hook set", answer.hook_set),
             *(("unused hook set", f"{u.hook_set}: {u.reason}") for u in answer.unused_hook_sets),

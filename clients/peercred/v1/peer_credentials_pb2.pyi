@@ -1023,6 +1023,8 @@ class GetStatusResponse(_message.Message):
     SO_PEERCRED_FIELD_NUMBER: _builtins.int
     REFUSALS_FIELD_NUMBER: _builtins.int
     SCOPE_FIELD_NUMBER: _builtins.int
+    SERVER_PID_FIELD_NUMBER: _builtins.int
+    PROBLEMS_FIELD_NUMBER: _builtins.int
     version: _builtins.str
     hook_set: _builtins.str
     """The hook set that captures: "trace" or "cgroup"."""
@@ -1032,13 +1034,15 @@ class GetStatusResponse(_message.Message):
     """The cgroup v2 directory that bounds the capture."""
     capture_start_time_ns: _builtins.int
     daemon_pid: _builtins.int
-    """The daemon's process."""
+    """The daemon's process: the one to send signals to."""
     netns_cookie: _builtins.int
     """Network namespace in which a tuple without netns_cookie is looked for."""
     scope: Global___Scope.ValueType
     """With SCOPE_OWN nothing is said that tells of others: cgroup, tables, drops,
     so_peercred and refusals are empty, and attachments have no counts.
     """
+    server_pid: _builtins.int
+    """The process that answers: the daemon's child, without privileges."""
     @_builtins.property
     def capture_start_time(self) -> _timestamp_pb2.Timestamp: ...
     @_builtins.property
@@ -1061,6 +1065,13 @@ class GetStatusResponse(_message.Message):
     def refusals(self) -> _containers.RepeatedCompositeFieldContainer[Global___GetStatusResponse.Refusal]:
         """What was refused on loopback TCP since the daemon started; every reason."""
 
+    @_builtins.property
+    def problems(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """Why the health service says NOT_SERVING now: what is wrong and what mends it, one
+        line each for people; with SCOPE_OWN only that something is. Empty while all is
+        well.
+        """
+
     def __init__(
         self,
         *,
@@ -1080,10 +1091,12 @@ class GetStatusResponse(_message.Message):
         so_peercred: _abc.Iterable[Global___GetStatusResponse.SoPeercred] | None = ...,
         refusals: _abc.Iterable[Global___GetStatusResponse.Refusal] | None = ...,
         scope: Global___Scope.ValueType = ...,
+        server_pid: _builtins.int = ...,
+        problems: _abc.Iterable[_builtins.str] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["capture_start_time", b"capture_start_time"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "refusals", b"refusals", "scope", b"scope", "so_peercred", b"so_peercred", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["attachments", b"attachments", "capture_start_time", b"capture_start_time", "capture_start_time_ns", b"capture_start_time_ns", "cgroup", b"cgroup", "daemon_pid", b"daemon_pid", "drops", b"drops", "hook_set", b"hook_set", "kernel_release", b"kernel_release", "missing_fields", b"missing_fields", "netns_cookie", b"netns_cookie", "problems", b"problems", "refusals", b"refusals", "scope", b"scope", "server_pid", b"server_pid", "so_peercred", b"so_peercred", "tables", b"tables", "unused_hook_sets", b"unused_hook_sets", "version", b"version"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -39,8 +39,8 @@ class PeerCredentialsStub:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
-    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
-    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -80,8 +80,8 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
-    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
-    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -117,8 +117,8 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED,
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
-    offending "field"; with UNAVAILABLE: CAPTURE_LOST; with UNAUTHENTICATED:
-    CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
