@@ -223,6 +223,12 @@ def _connections_with_descriptors() -> tuple[int, int]:
         soft = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     room = max(0, min(wanted, soft - SPARE_DESCRIPTORS))
+    if room < wanted:
+        log.warning(
+            "there can be fewer connections than else; raise LimitNOFILE= of the service",
+            files=soft,
+            needed=needed,
+        )
     return max(1, room * MAX_CONNECTIONS // wanted), max(1, room * MAX_TCP_CONNECTIONS // wanted)
 
 

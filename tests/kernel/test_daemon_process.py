@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -95,8 +96,10 @@ class Process:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children")
         while self.process.poll() is None:
             for pid in children.read_text().split():
-                if b"peercredd.loader" in Path(f"/proc/{pid}/cmdline").read_bytes():
-                    return os.pidfd_open(int(pid))
+                # A child that was only a fork of another's making may have ended.
+                with suppress(FileNotFoundError, ProcessLookupError):
+                    if b"peercredd.loader" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                        return os.pidfd_open(int(pid))
         raise AssertionError(f"ended with {self.process.returncode} before it had a loader")
 
 
