@@ -37,6 +37,9 @@ def prepare(path: list[str]) -> None:
     """Import what asking takes, from folders that others may not read."""
     sys.path += path
 
+    # gRPC imports these where it first needs them.
+    from grpc import _channel, _server  # noqa: F401
+
     import peercred  # noqa: F401
 
 
