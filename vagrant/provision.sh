@@ -12,10 +12,15 @@ fi
 ./dev setup
 
 sudo ln -sf "$PWD/.venv/bin/peercredd" "$PWD/.venv/bin/peercred" /usr/local/bin/
-getent group peercredd >/dev/null || sudo groupadd --system peercredd
+sudo install -D --mode 644 packaging/peercredd.sysusers /etc/sysusers.d/peercredd.conf
+sudo systemd-sysusers
 sudo usermod --append --groups peercredd "$USER"
-sed -n '/^```ini$/,/^```$/{//!p}' docs/operations.md |
+sed s,/usr/bin/,/usr/local/bin/, packaging/peercredd.service |
   sudo tee /etc/systemd/system/peercredd.service >/dev/null
+# Here the program is in a home.
+sudo mkdir -p /etc/systemd/system/peercredd.service.d
+printf '[Service]\nProtectHome=read-only\n' |
+  sudo tee /etc/systemd/system/peercredd.service.d/home.conf >/dev/null
 sudo systemctl daemon-reload
 sudo systemctl --quiet enable peercredd
 sudo systemctl restart peercredd || {

@@ -26,8 +26,8 @@ def test_vagrant_calls_commands_that_dev_has() -> None:
     assert called <= set(re.findall(r"[\w-]+", (PROJECT / "dev").read_text()))
 
 
-def test_a_machine_of_vagrants_runs_the_unit_that_the_operations_guide_shows() -> None:
-    extract = re.search(r"^sed -n .*\.md\b", PROVISION, re.MULTILINE)
+def test_a_machine_of_vagrants_runs_the_unit_that_is_packaged() -> None:
+    extract = re.search(r"^sed .* packaging/peercredd\.service\b", PROVISION, re.MULTILINE)
     assert extract
 
     unit = subprocess.run(
