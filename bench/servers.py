@@ -30,9 +30,11 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd.events import Events
 from peercredd.server import OPTIONS, handlers
 from peercredd.service import PeerCredentialsService
 from peercredd.store import Store
+from peercredd.watching import Hub
 
 DAEMON = "asyncio, the daemon's"
 KINDS = (DAEMON, "uvloop", "threads")
@@ -133,20 +135,21 @@ class _Work:
 
 
 def _be_server(kind: str, pin_dir: Path, address: str) -> None:
-    with closing(Store(pin_dir)) as store:
+    with closing(Store(pin_dir)) as store, Events(pin_dir) as events:
         service = PeerCredentialsService(store)
         if kind == "threads":
             _serve_with_threads(service, address)
         else:
             run = uvloop.run if kind == "uvloop" else asyncio.run
-            run(_serve_in_loop(service, address))
+            run(_serve_in_loop(service, Hub(store, events), address))
 
 
-async def _serve_in_loop(service: PeerCredentialsService, address: str) -> None:
+async def _serve_in_loop(service: PeerCredentialsService, hub: Hub, address: str) -> None:
     async def empty(data: bytes, _: Any) -> bytes:
         return _empty(data)
 
-    server = grpc.aio.server(handlers=[*handlers(service), _empty_handler(empty)], options=OPTIONS)
+    both = [*handlers(service, hub), _empty_handler(empty)]
+    server = grpc.aio.server(handlers=both, options=OPTIONS)
     server.add_insecure_port(address)
     await server.start()
     await asyncio.to_thread(_until_told)

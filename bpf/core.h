@@ -28,6 +28,33 @@ static __always_inline void count_drop(enum drop reason)
         __sync_fetch_and_add(count, 1);
 }
 
+/* ---- watchers ---- */
+
+/* `zero` is any u32 on the stack that is 0: there is no room for more of them. */
+static __always_inline bool is_watched(u32 *zero)
+{
+    u32 *flag = watched.lookup(zero);
+    return flag && *flag;
+}
+
+static __always_inline void tell_established(struct connection *record, u32 *zero)
+{
+    struct totals *counted = totals.lookup(zero);
+    if (counted)
+        counted->established++;
+    if (is_watched(zero) && events.ringbuf_output(record, sizeof(*record), 0) != 0)
+        count_drop(DROP_EVENT_LOST);
+}
+
+static __always_inline void tell_retired(u64 server_cookie, u32 *zero)
+{
+    struct totals *counted = totals.lookup(zero);
+    if (counted)
+        counted->retired++;
+    if (is_watched(zero) && events.ringbuf_output(&server_cookie, sizeof(server_cookie), 0) != 0)
+        count_drop(DROP_EVENT_LOST);
+}
+
 /* ---- tuples ---- */
 
 static __always_inline void read_address(u32 to[4], u64 socket, bool local)
@@ -148,7 +175,9 @@ static __always_inline void forget(u64 server_cookie, struct connection *record)
     u64 *newest = by_tuple.lookup(&tuple);
     if (newest && *newest == server_cookie)
         by_tuple.delete(&tuple);
-    connections.delete(&server_cookie);
+    /* Only one of those that retire it at once succeeds here. */
+    if (connections.delete(&server_cookie) == 0)
+        tell_retired(server_cookie, &tuple.padding);
 }
 
 /* Each end of a connection counts itself once; the later of the two retires it. */
@@ -343,7 +372,6 @@ static __always_inline void connect(u64 socket, void *storage)
 static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool had_cookie)
 {
     struct tuple tuple = {};
-    struct pending entry = {};
 
     wipe(storage, cookie, had_cookie);
     if (!is_local(socket))
@@ -351,6 +379,8 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool 
 
     read_tuple(socket, true, &tuple);
     forget_tuple(&tuple);
+    /* Not before: what ran until here has used its place on the stack. */
+    struct pending entry = {};
     entry.published_ns = boot_time_ns();
     entry.client_cookie = cookie;
     entry.initial_sequence = LOAD(u32, socket, tcp_write_seq);
@@ -449,7 +479,7 @@ static __always_inline enum drop fill(struct connection *record, struct pending 
 static __always_inline bool establish(u64 socket, void *storage, u64 server_cookie)
 {
     struct tuple tuple = {};
-    int zero = 0;
+    u32 zero = 0;
 
     read_tuple(socket, false, &tuple);
     struct pending *entry = pending.lookup(&tuple);
@@ -500,6 +530,7 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     /* An atomic operation, so that it is not moved before what it vouches for. */
     __sync_fetch_and_add(&record->established_ns, boot_time_ns());
     pending.delete(&tuple);
+    tell_established(record, &zero);
     return true;
 
 dropped:

@@ -133,6 +133,12 @@ struct about {
     char json[4096];
 };
 
+/* How many records there have been since the capture began. */
+struct totals {
+    u64 established;
+    u64 retired;
+};
+
 /* Indexes of the drop counters; peercredd/records.py describes each. */
 enum drop {
     DROP_NONE,
@@ -145,5 +151,6 @@ enum drop {
     DROP_KERNEL_THREAD,
     DROP_OTHER_SYN,
     DROP_OVERTAKEN,
+    DROP_EVENT_LOST,
     DROP_COUNT,
 };

@@ -15,6 +15,7 @@ import structlog
 
 from peercredd import children, defaults, logs, pins, preemption, preflight
 from peercredd.config import Config
+from peercredd.events import Events
 from peercredd.libbpf import KernelError
 from peercredd.listen import ListenError
 from peercredd.mounts import CgroupError, cgroup_directory
@@ -97,7 +98,7 @@ async def _live(config: Config, cgroup: Path) -> None:
         async with loading as loader:
             log.debug("loading", pid=loader.pid)
             # gRPC takes 0.3 s to import: the loader compiles meanwhile.
-            from peercredd import server
+            from peercredd import server, watching
             from peercredd.follow import following
 
             output = await children.result(loader, "loader", defaults.LOADER_TIMEOUT_SECONDS)
@@ -121,8 +122,10 @@ async def _live(config: Config, cgroup: Path) -> None:
             cgroup,
             about["so_peercred"],
         )
-        with contextlib.closing(Store(pin_dir, opt_in.rows)) as store:
-            async with following(opt_in), server.serving(store, Path(api.socket), api.group):
+        with contextlib.closing(Store(pin_dir, opt_in.rows)) as store, Events(pin_dir) as events:
+            hub = watching.Hub(store, events)
+            serving = server.serving(store, hub, Path(api.socket), api.group)
+            async with following(opt_in), serving:
                 log.info(
                     "serving",
                     socket=api.socket,

@@ -105,6 +105,9 @@ LISTENER_OFFSET = CLIENT_OFFSET + CREDENTIALS.size
 ACCEPTOR_OFFSET = LISTENER_OFFSET + CREDENTIALS.size
 CONNECTION_SIZE = ACCEPTOR_OFFSET + CREDENTIALS.size
 
+TOTALS = struct.Struct("=2Q")
+"""``struct totals`` of one CPU: established, retired."""
+
 ABOUT_SIZE = 4096
 
 ABSENCE_REASON = 3
@@ -122,6 +125,7 @@ DROPS = (
     ("KERNEL_THREAD", "connections made by the kernel itself, with no user behind them"),
     ("OTHER_SYN", "server sockets born of another SYN than the one recorded for the tuple"),
     ("OVERTAKEN", "connections whose client vanished while its record was being written"),
+    ("EVENT_LOST", "connections, or their ends, that those who watch were not told of"),
 )
 """``enum drop`` from 1 on: name, and what was dropped."""
 

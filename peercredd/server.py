@@ -27,6 +27,7 @@ from peercredd.defaults import STOP_GRACE_SECONDS
 from peercredd.health import HealthService
 from peercredd.listen import UnixSocket
 from peercredd.service import PeerCredentialsService, RequestError, View
+from peercredd.watching import Hub
 
 MAX_CONCURRENT_CALLS: Final = 1024
 """Beyond it calls fail with RESOURCE_EXHAUSTED."""
@@ -55,7 +56,7 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 
 @asynccontextmanager
-async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
+async def serving(view: View, hub: Hub, path: Path, group: str) -> AsyncIterator[None]:
     """Serve on the unix socket `path` for as long as the ``async with`` block runs.
 
     The block begins when clients can connect, so say there that the daemon is
@@ -69,7 +70,7 @@ async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
     """
     with UnixSocket(path, group) as unix_socket:
         server = grpc.aio.server(
-            handlers=handlers(PeerCredentialsService(view)),
+            handlers=handlers(PeerCredentialsService(view), hub),
             options=OPTIONS,
             maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
         )
@@ -82,7 +83,7 @@ async def serving(view: View, path: Path, group: str) -> AsyncIterator[None]:
             await server.stop(STOP_GRACE_SECONDS)
 
 
-def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
+def handlers(service: PeerCredentialsService, hub: Hub) -> list[grpc.GenericRpcHandler]:
     """Return all of the API, for a `grpc.aio` server.
 
     Messages are decoded here and not by gRPC, which would answer garbage with
@@ -111,12 +112,16 @@ def handlers(service: PeerCredentialsService) -> list[grpc.GenericRpcHandler]:
             if page.connections:
                 yield page
 
+    def watch(request: pb.WatchConnectionsRequest) -> AsyncIterator[pb.WatchConnectionsResponse]:
+        return hub.watch(service.filter(request))
+
     api = {
         _PEER_CREDENTIALS: {
             "Lookup": _unary(service.lookup, pb.LookupRequest),
             "BatchLookup": _merged(batch, pb.BatchLookupRequest),
             "LookupStream": _stream(lookups, pb.LookupStreamRequest),
             "ListConnections": _server_stream(connections, pb.ListConnectionsRequest),
+            "WatchConnections": _server_stream(watch, pb.WatchConnectionsRequest),
             "GetStatus": _unary(service.get_status, pb.GetStatusRequest),
         },
         _HEALTH: {

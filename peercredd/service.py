@@ -149,6 +149,21 @@ class PeerCredentialsService:
 
         A page may be empty, then there is nothing to send.
         """
+        passes = self.filter(request)
+        # A slow reader holds this for as long as it likes: 8 bytes a connection, not 40.
+        cookies = array("Q", self._view.server_cookies())
+        for start in range(0, len(cookies), PAGE):
+            page = pb.ListConnectionsResponse()
+            for cookie in cookies[start : start + PAGE]:
+                connection = self._view.connection(cookie)
+                if connection is not None and passes(connection):
+                    encode.connection(page.connections.add(), connection)
+            yield page
+
+    def filter(
+        self, request: pb.ListConnectionsRequest | pb.WatchConnectionsRequest
+    ) -> Callable[[Connection], bool]:
+        """Return what tells whether a connection passes the filters of a request."""
         if request.HasField("server_port") and not 0 < request.server_port < 65536:
             raise RequestError(
                 encode.error(
@@ -158,15 +173,19 @@ class PeerCredentialsService:
                     "server_port",
                 )
             )
-        # A slow reader holds this for as long as it likes: 8 bytes a connection, not 40.
-        cookies = array("Q", self._view.server_cookies())
-        for start in range(0, len(cookies), PAGE):
-            page = pb.ListConnectionsResponse()
-            for cookie in cookies[start : start + PAGE]:
-                connection = self._view.connection(cookie)
-                if connection is not None and _passes(connection, request):
-                    encode.connection(page.connections.add(), connection)
-            yield page
+        client_uid = request.client_uid if request.HasField("client_uid") else None
+        server_port = request.server_port if request.HasField("server_port") else None
+        netns_cookie = request.netns_cookie if request.HasField("netns_cookie") else None
+
+        def passes(connection: Connection) -> bool:
+            ends = connection.tuple
+            return (
+                client_uid in (None, connection.client.euid)
+                and server_port in (None, ends.server_port)
+                and netns_cookie in (None, ends.netns_cookie)
+            )
+
+        return passes
 
     def get_status(self, _: pb.GetStatusRequest) -> pb.GetStatusResponse:
         """Say what runs, since when, how full the tables are and what was dropped."""
@@ -279,20 +298,6 @@ def _require_agreement(key: keys.Key, found: Answer) -> None:
 def _invalid(prefix: str, error: keys.InvalidKey) -> Status:
     field = f"{prefix}.{error.field}" if error.field else prefix
     return encode.error(code_pb2.INVALID_ARGUMENT, error.reason, f"{field}: {error.text}", field)
-
-
-def _passes(connection: Connection, request: pb.ListConnectionsRequest) -> bool:
-    return (
-        (not request.HasField("client_uid") or connection.client.euid == request.client_uid)
-        and (
-            not request.HasField("server_port")
-            or connection.tuple.server_port == request.server_port
-        )
-        and (
-            not request.HasField("netns_cookie")
-            or connection.tuple.netns_cookie == request.netns_cookie
-        )
-    )
 
 
 def _is_local(address: bytes) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import resource
+import signal
 from collections.abc import Generator, Iterator
 
 import pytest
@@ -37,9 +38,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Allow these tests, and the processes they start, more than 1024 open files."""
+    """What these tests, and the processes they start, need of the machine."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    # A shell has what it starts in the background ignore it, and exec(2) hands that on.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(
         "markers", "hook_sets(*names): of a promise that only these hook sets can keep"
     )

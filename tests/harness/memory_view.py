@@ -128,6 +128,9 @@ class MemoryView:
     def connection(self, server_cookie: int) -> Connection | None:
         return self.connections.get(server_cookie)
 
+    def events_lost(self) -> int:
+        return 0
+
     def status(self) -> StoreStatus:
         return StoreStatus(
             hook_set="cgroup",

@@ -33,7 +33,8 @@ class PeerCredentialsStub:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST; with RESOURCE_EXHAUSTED:
+    TOO_MANY_WATCHERS.
     """
 
     def __init__(self, channel):
@@ -62,6 +63,11 @@ class PeerCredentialsStub:
                 request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsRequest.SerializeToString,
                 response_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsResponse.FromString,
                 _registered_method=True)
+        self.WatchConnections = channel.unary_stream(
+                '/peercred.v1.PeerCredentials/WatchConnections',
+                request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsRequest.SerializeToString,
+                response_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/peercred.v1.PeerCredentials/GetStatus',
                 request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.SerializeToString,
@@ -77,7 +83,8 @@ class PeerCredentialsServicer:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST; with RESOURCE_EXHAUSTED:
+    TOO_MANY_WATCHERS.
     """
 
     def Lookup(self, request, context):
@@ -113,6 +120,19 @@ class PeerCredentialsServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def WatchConnections(self, request, context):
+        """All recorded connections that pass the filters, and then each that is
+        established, and that each of them was retired; until the caller ends it.
+
+        A connection is told of once as present or established, and once as retired, in
+        this order. A caller that reads too slowly misses some that were established: how
+        many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+        too many watch already.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStatus(self, request, context):
         """What runs, since when, how full the tables are and what was dropped.
         """
@@ -143,6 +163,11 @@ def add_PeerCredentialsServicer_to_server(servicer, server):
                     request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsRequest.FromString,
                     response_serializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsResponse.SerializeToString,
             ),
+            'WatchConnections': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchConnections,
+                    request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsRequest.FromString,
+                    response_serializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsResponse.SerializeToString,
+            ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
                     request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.FromString,
@@ -164,7 +189,8 @@ class PeerCredentials:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST; with RESOURCE_EXHAUSTED:
+    TOO_MANY_WATCHERS.
     """
 
     @staticmethod
@@ -265,6 +291,33 @@ class PeerCredentials:
             '/peercred.v1.PeerCredentials/ListConnections',
             peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsRequest.SerializeToString,
             peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchConnections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/peercred.v1.PeerCredentials/WatchConnections',
+            peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsRequest.SerializeToString,
+            peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -39,7 +39,8 @@ class PeerCredentialsStub:
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST; with RESOURCE_EXHAUSTED:
+    TOO_MANY_WATCHERS.
     """
 
     @_typing.overload
@@ -61,6 +62,15 @@ class PeerCredentialsStub:
     read once, as it is sent; one that retires in between is left out, one
     established since is not added, none is sent twice.
     """
+    WatchConnections: _grpc.UnaryStreamMultiCallable[_peer_credentials_pb2.WatchConnectionsRequest, _peer_credentials_pb2.WatchConnectionsResponse]
+    """All recorded connections that pass the filters, and then each that is
+    established, and that each of them was retired; until the caller ends it.
+
+    A connection is told of once as present or established, and once as retired, in
+    this order. A caller that reads too slowly misses some that were established: how
+    many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+    too many watch already.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_peer_credentials_pb2.GetStatusRequest, _peer_credentials_pb2.GetStatusResponse]
     """What runs, since when, how full the tables are and what was dropped."""
 
@@ -73,7 +83,8 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST; with RESOURCE_EXHAUSTED:
+    TOO_MANY_WATCHERS.
     """
 
     def __init__(self, channel: _aio.Channel) -> None: ...
@@ -92,6 +103,15 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     read once, as it is sent; one that retires in between is left out, one
     established since is not added, none is sent twice.
     """
+    WatchConnections: _aio.UnaryStreamMultiCallable[_peer_credentials_pb2.WatchConnectionsRequest, _peer_credentials_pb2.WatchConnectionsResponse]  # type: ignore[assignment]
+    """All recorded connections that pass the filters, and then each that is
+    established, and that each of them was retired; until the caller ends it.
+
+    A connection is told of once as present or established, and once as retired, in
+    this order. A caller that reads too slowly misses some that were established: how
+    many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+    too many watch already.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_peer_credentials_pb2.GetStatusRequest, _peer_credentials_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What runs, since when, how full the tables are and what was dropped."""
 
@@ -103,7 +123,8 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
     with NOT_FOUND: NEVER_SEEN, OLDER_THAN_CAPTURE, TABLE_WAS_FULL, RETIRED or
     NOT_LOCAL; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE, TOO_MANY_KEYS,
     NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the offending
-    "field"; with UNAVAILABLE: CAPTURE_LOST.
+    "field"; with UNAVAILABLE: CAPTURE_LOST; with RESOURCE_EXHAUSTED:
+    TOO_MANY_WATCHERS.
     """
 
     @_abc_1.abstractmethod
@@ -143,6 +164,21 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
         Snapshot rule: the set of connections is fixed when the call starts. Each is
         read once, as it is sent; one that retires in between is left out, one
         established since is not added, none is sent twice.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchConnections(
+        self,
+        request: _peer_credentials_pb2.WatchConnectionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_peer_credentials_pb2.WatchConnectionsResponse], _abc.AsyncIterator[_peer_credentials_pb2.WatchConnectionsResponse]]:
+        """All recorded connections that pass the filters, and then each that is
+        established, and that each of them was retired; until the caller ends it.
+
+        A connection is told of once as present or established, and once as retired, in
+        this order. A caller that reads too slowly misses some that were established: how
+        many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+        too many watch already.
         """
 
     @_abc_1.abstractmethod
