@@ -22,6 +22,10 @@ _ABSOLUTE = r"/[^\x00-\x1f\ud800-\udfff]*"
 """Surrogates are how Python writes bytes that are no UTF-8."""
 
 
+_IPV4 = r"[0-9]{1,3}(\.[0-9]{1,3}){3}"
+_PORT = r"[1-9][0-9]{0,4}"
+
+
 def _option(
     help_text: str, allowed: str, *, metavar: str | None = None, **constraints: Any
 ) -> msgspec.Meta:
@@ -138,6 +142,21 @@ class Sweep(_Table, frozen=True):
     ] = defaults.RECORD_AGE_SECONDS
 
 
+class Metrics(_Table, frozen=True):
+    """Figures for Prometheus."""
+
+    address: Annotated[
+        str,
+        _option(
+            "Serve http://HOST:PORT/metrics for Prometheus, such as 127.0.0.1:9338. Whoever can "
+            'connect there can read it: how much is going on, and not who does it. "" is nowhere.',
+            'an address and a port such as 127.0.0.1:9338 or [::1]:9338, or ""',
+            metavar="HOST:PORT",
+            pattern=rf"\A(|{_IPV4}:{_PORT}|\[[0-9a-fA-F:.]+\]:{_PORT})\Z",
+        ),
+    ] = defaults.METRICS_ADDRESS
+
+
 class Log(_Table, frozen=True):
     """What is written to stderr."""
 
@@ -160,6 +179,7 @@ class Config(_Table, frozen=True):
     api: Api = Api()
     so_peercred: SoPeercred = SoPeercred()
     sweep: Sweep = Sweep()
+    metrics: Metrics = Metrics()
     log: Log = Log()
 
 
@@ -188,7 +208,7 @@ class Option(NamedTuple):
     @property
     def flag(self) -> str:
         """What it is called on the command line, where ``--level`` or ``--interval`` say little."""
-        words = self.key if self.table in ("sweep", "log", "so_peercred") else self.name
+        words = self.key if self.table in ("sweep", "metrics", "log", "so_peercred") else self.name
         if self.is_list:  # each time it is given, one of the table's
             words = self.table
         return "--" + words.replace("_", "-").replace(".", "-")

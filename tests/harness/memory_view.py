@@ -18,7 +18,7 @@ from peercredd.records import (
     Credentials,
     Tuple,
 )
-from peercredd.store import Answer, Attachment, Drop, Reason, StoreStatus, Table
+from peercredd.store import Answer, Attachment, Drop, Reason, StoreStatus, Table, Totals
 
 OWN_NETNS = 1
 LOOPBACK = V4_MAPPED + bytes([127, 0, 0, 1])
@@ -127,6 +127,9 @@ class MemoryView:
 
     def connection(self, server_cookie: int) -> Connection | None:
         return self.connections.get(server_cookie)
+
+    def totals(self) -> Totals:
+        return Totals(established=7, retired=6)
 
     def events_lost(self) -> int:
         return 0
