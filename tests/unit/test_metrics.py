@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import re
 import socket
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
+from pathlib import Path
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -15,6 +18,7 @@ from peercredd import metrics
 from peercredd.figures import BOUNDS_SECONDS, FOUND, Figures
 from peercredd.listen import ListenError
 
+DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "peercredd.json"
 Labels = tuple[tuple[str, str], ...]
 
 
@@ -148,3 +152,18 @@ def test_an_address_that_is_taken_is_one_line_that_names_the_option(
         metrics.serving("127.0.0.1", port, metrics.Measured(view, figures)),
     ):
         pass
+
+
+def test_the_dashboard_asks_for_nothing_that_is_not_served(
+    view: MemoryView, figures: Figures, port: int
+) -> None:
+    view.counts = {"connect4": (12, 3)}
+    figures.lookups[FOUND] += 1
+    figures.of("Lookup").add(0.001)
+    dashboard = json.loads(DASHBOARD.read_text())
+
+    expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
+    asked = {name for text in expressions for name in re.findall(r"peercredd_\w+", text)}
+
+    assert len(expressions) >= len(dashboard["panels"])
+    assert asked <= scraped(port).keys()
