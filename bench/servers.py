@@ -30,9 +30,11 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd.events import Events
 from peercredd.server import MAX_OPEN_STREAMS, OPTIONS, Gate, Places, handlers
 from peercredd.service import PeerCredentialsService
 from peercredd.store import Store
+from peercredd.watching import Hub
 
 DAEMON = "asyncio, the daemon's"
 KINDS = (DAEMON, "uvloop", "threads")
@@ -133,16 +135,18 @@ class _Work:
 
 
 def _be_server(kind: str, pin_dir: Path, address: str) -> None:
-    with closing(Store(pin_dir)) as store:
+    with closing(Store(pin_dir)) as store, Events(pin_dir) as events:
         service = PeerCredentialsService(store)
         if kind == "threads":
             _serve_with_threads(service, address)
         else:
             run = uvloop.run if kind == "uvloop" else asyncio.run
-            run(_serve_in_loop(store, service, address))
+            run(_serve_in_loop(store, Hub(store, events), service, address))
 
 
-async def _serve_in_loop(store: Store, service: PeerCredentialsService, address: str) -> None:
+async def _serve_in_loop(
+    store: Store, hub: Hub, service: PeerCredentialsService, address: str
+) -> None:
     async def empty(data: bytes, _: Any) -> bytes:
         return _empty(data)
 
@@ -150,6 +154,7 @@ async def _serve_in_loop(store: Store, service: PeerCredentialsService, address:
         handlers=[
             *handlers(
                 store,
+                hub,
                 Gate(
                     lambda _context, _lists: nullcontext(service),
                     Places(MAX_OPEN_STREAMS),

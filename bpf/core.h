@@ -28,6 +28,33 @@ static __always_inline void count_drop(enum drop reason)
         __sync_fetch_and_add(count, 1);
 }
 
+/* ---- watchers ---- */
+
+/* `zero` is any u32 on the stack that is 0: there is no room for more of them. */
+static __always_inline bool is_watched(u32 *zero)
+{
+    u32 *flag = watched.lookup(zero);
+    return flag && *flag;
+}
+
+static __always_inline void tell_established(struct connection *record, u32 *zero)
+{
+    struct totals *counted = totals.lookup(zero);
+    if (counted)
+        counted->established++;
+    if (is_watched(zero) && events.ringbuf_output(record, sizeof(*record), 0) != 0)
+        count_drop(DROP_EVENT_LOST);
+}
+
+static __always_inline void tell_retired(u64 server_cookie, u32 *zero)
+{
+    struct totals *counted = totals.lookup(zero);
+    if (counted)
+        counted->retired++;
+    if (is_watched(zero) && events.ringbuf_output(&server_cookie, sizeof(server_cookie), 0) != 0)
+        count_drop(DROP_EVENT_LOST);
+}
+
 /* ---- tuples ---- */
 
 static __always_inline void read_address(u32 to[4], u64 socket, bool local)
@@ -228,12 +255,13 @@ static __always_inline void remove_pending(struct tuple *tuple)
         __sync_fetch_and_add(&user->pending, -1);
 }
 
-static __always_inline void remove_connection(u64 server_cookie, struct connection *record)
+/* False if another CPU was faster. */
+static __always_inline bool remove_connection(u64 server_cookie, struct connection *record)
 {
     struct pair pair = {record->client.charged_uid, record->listener.charged_uid};
     bool was_left = record->left;
     if (connections.delete(&server_cookie) != 0)
-        return;
+        return false;
     if (was_left) {
         s32 *count = left.lookup(&pair);
         if (count)
@@ -243,6 +271,7 @@ static __always_inline void remove_connection(u64 server_cookie, struct connecti
         if (user)
             __sync_fetch_and_add(&user->connections, -1);
     }
+    return true;
 }
 
 static __always_inline void remove_reset(u64 listener_cookie)
@@ -270,7 +299,8 @@ static __always_inline void forget(u64 server_cookie, struct connection *record)
     u64 *newest = by_tuple.lookup(&tuple);
     if (newest && *newest == server_cookie)
         by_tuple.delete(&tuple);
-    remove_connection(server_cookie, record);
+    if (remove_connection(server_cookie, record))
+        tell_retired(server_cookie, &tuple.padding);
 }
 
 /* Each end of a connection counts itself once; the later of the two retires it. */
@@ -488,7 +518,6 @@ static __always_inline void connect(u64 socket, void *storage)
 static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool had_cookie)
 {
     struct tuple tuple = {};
-    struct pending entry = {};
 
     wipe(storage, cookie, had_cookie);
     if (!is_local(socket))
@@ -496,6 +525,8 @@ static __always_inline bool publish(u64 socket, void *storage, u64 cookie, bool 
 
     read_tuple(socket, true, &tuple);
     forget_tuple(&tuple);
+    /* Not before: what ran until here has used its place on the stack. */
+    struct pending entry = {};
     entry.published_ns = boot_time_ns();
     entry.client_cookie = cookie;
     entry.initial_sequence = LOAD(u32, socket, tcp_write_seq);
@@ -689,6 +720,7 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
         __sync_fetch_and_add(&user->pending, -1);
     if (!(client_gone && leave(record)) && user)
         __sync_fetch_and_add(&user->connections, 1);
+    tell_established(record, &tuple.padding);
     return true;
 
 dropped:

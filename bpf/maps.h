@@ -6,6 +6,9 @@
  * user may take, PENDING_SHARE, CONNECTIONS_SHARE and LEFT_SHARE, come from the loader.
  */
 
+/* Of 4 KB: some 1,800 connections. The daemon reads them in less than their time. */
+#define EVENT_PAGES 512
+
 BPF_F_TABLE("hash", struct tuple, struct pending, pending, MAX_PENDING, BPF_F_NO_PREALLOC);
 
 /* Server socket's cookie to its record, and the two ways to find that cookie. */
@@ -38,6 +41,14 @@ BPF_F_TABLE("array", int, u64, absences, ABSENCE_SLOTS, 0);
 BPF_F_TABLE("hash", u64, u32, older, MAX_CONNECTIONS, BPF_F_NO_PREALLOC);
 
 BPF_F_TABLE("array", int, u64, drops, DROP_COUNT, 0);
+
+/* For each CPU, so that none waits for another. */
+BPF_F_TABLE("percpu_array", int, struct totals, totals, 1, 0);
+
+/* For those who watch: the record of a connection that was established, the server socket's
+ * cookie of one that was retired. The daemon sets `watched` while anybody does. */
+BPF_F_TABLE("array", int, u32, watched, 1, 0);
+BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 
 /* An all-zero record, too large for the stack, to insert before filling in. */
 BPF_F_TABLE("array", int, struct connection, empty_connection, 1, 0);

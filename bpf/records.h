@@ -153,6 +153,12 @@ struct about {
     char json[4096];
 };
 
+/* How many records there have been since the capture began. */
+struct totals {
+    u64 established;
+    u64 retired;
+};
+
 /* Indexes of the drop counters; peercredd/records.py describes each. */
 enum drop {
     DROP_NONE,
@@ -166,5 +172,6 @@ enum drop {
     DROP_OTHER_SYN,
     DROP_OVERTAKEN,
     DROP_USER_OVER_SHARE,
+    DROP_EVENT_LOST,
     DROP_COUNT,
 };

@@ -7,6 +7,7 @@ a search took less than the longest possible one is made up for.
 
 from __future__ import annotations
 
+import dataclasses
 import grp
 import pwd
 from collections import Counter
@@ -277,20 +278,15 @@ class OwnView:
     def connection(self, server_cookie: int) -> Connection | None:
         """Return one connection, None if it has retired or its server is not the caller's."""
         connection = self._source.connection(server_cookie)
-        if connection is None or not self._serves(connection):
+        return None if connection is None else self.shown(connection)
+
+    def shown(self, connection: Connection) -> Connection | None:
+        """Return a connection as the caller may see it, None if its server is not the caller's."""
+        if not self._serves(connection):
             return None
         if connection.listener is None:
             return connection
-        return Connection(
-            connection.tuple,
-            connection.server_socket_cookie,
-            connection.client_socket_cookie,
-            connection.listener_socket_cookie,
-            connection.established_time_ns,
-            connection.client,
-            self._shown(connection.listener),
-            connection.acceptor,
-        )
+        return dataclasses.replace(connection, listener=self._shown(connection.listener))
 
     def status(self) -> StoreStatus:
         """Return what tells of the capture, and of nobody whom it captures."""

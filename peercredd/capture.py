@@ -161,6 +161,9 @@ MAPS = (
     "absences",
     "older",
     "drops",
+    "totals",
+    "watched",
+    "events",
     "about",
 )
 """The maps that user space reads, by their names in bpf/maps.h."""

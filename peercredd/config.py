@@ -24,6 +24,8 @@ _ABSOLUTE = r"/[^\x00-\x1f\ud800-\udfff]*"
 
 _ACCOUNT = r"\A[^\s:/\x00]+\Z"
 """The name of a user or group."""
+_IPV4 = r"[0-9]{1,3}(\.[0-9]{1,3}){3}"
+_PORT = r"[1-9][0-9]{0,4}"
 
 
 def _option(
@@ -207,6 +209,21 @@ class Sweep(_Table, frozen=True):
     ] = defaults.RECORD_AGE_SECONDS
 
 
+class Metrics(_Table, frozen=True):
+    """Figures for Prometheus."""
+
+    address: Annotated[
+        str,
+        _option(
+            "Serve http://HOST:PORT/metrics for Prometheus, such as 127.0.0.1:9338. Whoever can "
+            'connect there can read it: how much is going on, and not who does it. "" is nowhere.',
+            'an address and a port such as 127.0.0.1:9338 or [::1]:9338, or ""',
+            metavar="HOST:PORT",
+            pattern=rf"\A(|{_IPV4}:{_PORT}|\[[0-9a-fA-F:.]+\]:{_PORT})\Z",
+        ),
+    ] = defaults.METRICS_ADDRESS
+
+
 class Log(_Table, frozen=True):
     """What is written to stderr."""
 
@@ -230,10 +247,11 @@ class Config(_Table, frozen=True):
     access: Access = Access()
     so_peercred: SoPeercred = SoPeercred()
     sweep: Sweep = Sweep()
+    metrics: Metrics = Metrics()
     log: Log = Log()
 
 
-_NAMING_TABLES = ("access", "sweep", "log", "so_peercred")
+_NAMING_TABLES = ("metrics", "access", "sweep", "log", "so_peercred")
 """Tables whose options' names say little without them."""
 
 

@@ -57,6 +57,7 @@ RECORD_AGE_SECONDS: Final = 300
 """A record is removed only if no socket stands behind it; the age spares young ones the
 question."""
 
+METRICS_ADDRESS = ""
 LOG_LEVEL: Final = "info"
 """A start, a stop and what an administrator should look at; nothing per connection."""
 

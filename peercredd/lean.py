@@ -12,3 +12,9 @@ def leave_out() -> None:
     """
     # None says "not installed".
     sys.modules.update(dict.fromkeys(("rich", "ssl")))  # type: ignore[arg-type]
+
+
+def let_in(library: str) -> None:
+    """Let a library that was left out be imported after all."""
+    if sys.modules.get(library, library) is None:
+        del sys.modules[library]

@@ -322,9 +322,69 @@ class Map:
                 return
             position = next_position
 
+    def of_each_cpu(self, key: bytes) -> list[bytes]:
+        """The values of `key` in a per-CPU map; of CPUs that may come, too."""
+        size = (self.value_size + 7) & ~7  # as bpf_map_value_size() in kernel/bpf/syscall.c
+        values = ctypes.create_string_buffer(size * library().libbpf_num_possible_cpus())
+        check(self._lookup(self.file_descriptor, key, values), "read a map")
+        return [
+            values.raw[start : start + self.value_size] for start in range(0, len(values), size)
+        ]
+
     def _absent(self, result: int, what: str) -> None:
         if ctypes.get_errno() != errno.ENOENT:
             check(result, what)
+
+
+_Sample = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)
+
+
+class RingBuffer:
+    """What BPF programs write into a ring buffer, in their order; one reader at a time."""
+
+    LIMIT = 1024
+    """Who writes on and on must not keep the reader for ever."""
+
+    def __init__(self, file_descriptor: int) -> None:
+        """Map the buffer of a descriptor, which stays the caller's.
+
+        Raises:
+            KernelError: it cannot be mapped.
+        """
+        self._samples: list[bytes] = []
+        self._callback = _Sample(self._take)
+        bpf = library()
+        bpf.ring_buffer__new.restype = ctypes.c_void_p
+        self._buffer = ctypes.c_void_p(
+            bpf.ring_buffer__new(file_descriptor, self._callback, None, None)
+        )
+        if not self._buffer:
+            check(-1, "map a ring buffer")
+        self._epoll = int(bpf.ring_buffer__epoll_fd(self._buffer))
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when there is something to read."""
+        return self._epoll
+
+    def read(self) -> list[bytes]:
+        """What has been written since the last time, at most `LIMIT` samples of it.
+
+        Raises:
+            KernelError: the buffer cannot be read.
+        """
+        result = library().ring_buffer__consume(self._buffer)
+        samples, self._samples = self._samples, []
+        if len(samples) < self.LIMIT:
+            check(result, "read a ring buffer")
+        return samples
+
+    def close(self) -> None:
+        """Unmap it."""
+        library().ring_buffer__free(self._buffer)
+
+    def _take(self, _: int | None, data: int, size: int) -> int:
+        self._samples.append(ctypes.string_at(data, size))
+        return 0 if len(self._samples) < self.LIMIT else -errno.ECANCELED
 
 
 def _slices(data: bytes, size: int, count: int) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""How the daemon writes its log: to stderr, one line an event.
+"""How the daemon writes its log: to stderr, one line an event, or to the journal with fields.
 
 Some of what is logged was chosen by strangers: names, paths, what a request asked for. In text
 none of it can end a line, begin one that looks like an event, or command a terminal.
@@ -7,30 +7,39 @@ none of it can end a line, begin one that looks like an event, or command a term
 from __future__ import annotations
 
 import logging
-import os
+import re
 import sys
 import traceback
+from contextlib import suppress
 from typing import Final, Literal, TextIO
 
 import structlog
 from structlog.typing import EventDict, ExcInfo, Processor, WrappedLogger
 
+from peercredd import journal
+from peercredd.journal import Journal
+
 _PRIORITIES: Final = {"debug": 7, "info": 6, "warning": 4, "error": 3, "critical": 2}
 """syslog(3) levels."""
+
+_PRIORITY_PREFIX: Final = re.compile(r"^<\d>", re.MULTILINE)
+_NO_FIELDS: Final = {"event", "level", "exc_info", "stack_info"}
 
 
 def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
     """Send structlog, and the logging that asyncio and gRPC use, to stderr.
 
-    `level` and `form` are ``log.level`` and ``log.format``. A journal gets the
-    priority of each line as sd-daemon(3) has it, in either form.
+    `level` and `form` are ``log.level`` and ``log.format``. Where stderr is the journal,
+    an entry gets its priority, and by ``auto`` each value as a field besides: written
+    past stderr, or as lines with sd-daemon(3)'s prefixes where that cannot be.
     """
-    journal = _stderr_is_journal()
+    in_journal = journal.is_stderr()
     terminal = sys.stderr.isatty()
-    if form == "auto":
-        form = "text" if journal or terminal else "json"
+    with_fields = form == "auto"
+    if with_fields:
+        form = "text" if in_journal or terminal else "json"
     shared: list[Processor] = [structlog.stdlib.add_log_level]
-    if not journal:
+    if not in_journal:
         shared.append(structlog.processors.TimeStamper(fmt="iso", utc=True))
     render: Processor
     if form == "json":
@@ -43,7 +52,10 @@ def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
             sort_keys=False,
             exception_formatter=_traceback,
         )
-    handler = logging.StreamHandler(sys.stderr)
+    handler: logging.Handler = logging.StreamHandler(sys.stderr)
+    if in_journal and with_fields:
+        with suppress(OSError):
+            handler = _JournalHandler(Journal(), handler)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -51,7 +63,7 @@ def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
                 structlog.stdlib.ProcessorFormatter.remove_processors_meta,
                 _headline_first,
                 *(() if form == "json" else (_inert,)),
-                _WithPriority(render) if journal else render,
+                _WithPriority(render) if in_journal else render,
             ],
         )
     )
@@ -69,12 +81,6 @@ def configure(level: str, form: Literal["auto", "text", "json"]) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
-
-
-def _stderr_is_journal() -> bool:
-    """Whether stderr is still what systemd connected, see JOURNAL_STREAM in systemd.exec(5)."""
-    stderr = os.fstat(sys.stderr.fileno())
-    return os.environ.get("JOURNAL_STREAM") == f"{stderr.st_dev}:{stderr.st_ino}"
 
 
 def _headline_first(_logger: WrappedLogger, _name: str, event: EventDict) -> EventDict:
@@ -125,3 +131,28 @@ class _WithPriority:
         # Each line of a traceback is an entry of its own to the journal.
         lines = str(self._render(logger, name, event)).splitlines()
         return "\n".join(prefix + line for line in lines)
+
+
+class _JournalHandler(logging.Handler):
+    """Sends to the journal what it can, and leaves the rest to stderr."""
+
+    def __init__(self, to: Journal, otherwise: logging.Handler) -> None:
+        super().__init__()
+        self._journal = to
+        self._otherwise = otherwise
+
+    def setFormatter(self, formatter: logging.Formatter | None) -> None:  # noqa: N802 - its base's
+        """Format likewise what goes to stderr."""
+        super().setFormatter(formatter)
+        self._otherwise.setFormatter(formatter)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write an entry."""
+        # What structlog hands on is the event with all its values.
+        values = record.msg if isinstance(record.msg, dict) else {}
+        fields = {name: values[name] for name in values if name not in _NO_FIELDS}
+        message = _PRIORITY_PREFIX.sub("", self.format(record))
+        try:
+            self._journal.send(message, _PRIORITIES[record.levelname.lower()], fields)
+        except OSError:
+            self._otherwise.handle(record)

@@ -39,6 +39,7 @@ _CAPABILITY_VERSION_3: Final = 0x20080522
 # enum bpf_cmd of <linux/bpf.h>
 _BPF_COMMANDS: Final = {
     "BPF_MAP_LOOKUP_ELEM": 1,
+    "BPF_MAP_UPDATE_ELEM": 2,  # of the one map that is not open read-only, `watched`
     "BPF_MAP_GET_NEXT_KEY": 4,
     "BPF_OBJ_GET_INFO_BY_FD": 15,
     "BPF_MAP_LOOKUP_BATCH": 24,

@@ -126,6 +126,8 @@ LEFT = struct.Struct("=i")
 """How many connections: the value of the maps ``left`` and ``left_over``."""
 PAIR = struct.Struct("=II")
 """Key of these: the uids of who connected and of who listens."""
+TOTALS = struct.Struct("=2Q")
+"""``struct totals`` of one CPU: established, retired."""
 
 ABOUT_SIZE = 4096
 
@@ -145,6 +147,7 @@ DROPS = (
     ("OTHER_SYN", "server sockets born of another SYN than the one recorded for the tuple"),
     ("OVERTAKEN", "connections whose client vanished while its record was being written"),
     ("USER_OVER_SHARE", "connections of users who had as much of a table as one user may take"),
+    ("EVENT_LOST", "connections, or their ends, that those who watch were not told of"),
 )
 """``enum drop`` from 1 on: name, and what was dropped."""
 

@@ -41,6 +41,7 @@ from peercredd.health import HealthService
 from peercredd.listen import free_loopback_addresses, port_in_use
 from peercredd.service import PeerCredentialsService, RequestError, View
 from peercredd.store import Store
+from peercredd.watching import Hub
 
 MAX_CONCURRENT_CALLS: Final = 1024
 """Beyond it calls fail with RESOURCE_EXHAUSTED."""
@@ -137,6 +138,7 @@ def _nothing() -> None:
 @asynccontextmanager
 async def serving(
     view: View,
+    hub: Hub,
     path: str,
     *,
     tcp: LoopbackTcp | None = None,
@@ -150,6 +152,7 @@ async def serving(
 
     Args:
         view: what is served on the unix socket.
+        hub: tells those who watch.
         path: to bind; see `listen.UnixSocket`.
         tcp: where else.
         service: makes what answers; has the parameters of PeerCredentialsService.
@@ -168,7 +171,7 @@ async def serving(
         return nullcontext(for_members)
 
     server = grpc.aio.server(
-        handlers=handlers(view, Gate(everybody, Places(MAX_OPEN_STREAMS), counts_early=False)),
+        handlers=handlers(view, hub, Gate(everybody, Places(MAX_OPEN_STREAMS), counts_early=False)),
         options=(*OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
         maximum_concurrent_rpcs=MAX_CONCURRENT_CALLS,
     )
@@ -176,7 +179,7 @@ async def serving(
     servers = [server]
     callers = Callers(tcp.store, tcp.port, tcp.policy, refusals, service) if tcp else None
     if callers:
-        servers.append(_listening_on_loopback(callers, max_tcp_connections))
+        servers.append(_listening_on_loopback(callers, hub, max_tcp_connections))
         _warn_if_blind(callers)
     bound()
     tasks = [asyncio.create_task(_log_refusals(refusals))]
@@ -193,13 +196,13 @@ async def serving(
         await asyncio.gather(*(each.stop(STOP_GRACE_SECONDS) for each in servers))
 
 
-def _listening_on_loopback(callers: Callers, max_connections: int) -> grpc.aio.Server:
+def _listening_on_loopback(callers: Callers, hub: Hub, max_connections: int) -> grpc.aio.Server:
     def known(context: _Context, lists: bool) -> AbstractContextManager[Service]:
         return callers.admitted(context.peer(), lists=lists)
 
     server = grpc.aio.server(
         handlers=handlers(
-            callers.store, Gate(known, Places(MAX_OPEN_TCP_STREAMS), counts_early=True)
+            callers.store, hub, Gate(known, Places(MAX_OPEN_TCP_STREAMS), counts_early=True)
         ),
         options=(*TCP_OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
         maximum_concurrent_rpcs=MAX_CONCURRENT_TCP_CALLS,
@@ -312,7 +315,7 @@ class Gate(NamedTuple):
         return grpc.unary_stream_rpc_method_handler(handle)
 
 
-def handlers(view: View, gate: Gate) -> list[grpc.GenericRpcHandler]:
+def handlers(view: View, hub: Hub, gate: Gate) -> list[grpc.GenericRpcHandler]:
     """Return all of the API, for a `grpc.aio` server.
 
     Messages are decoded here and not by gRPC, which would answer garbage with
@@ -343,6 +346,11 @@ def handlers(view: View, gate: Gate) -> list[grpc.GenericRpcHandler]:
             if page.connections:
                 yield page
 
+    def watch(
+        service: Service, request: pb.WatchConnectionsRequest
+    ) -> AsyncIterator[pb.WatchConnectionsResponse]:
+        return hub.watch(service.shown(request), sees_all=service.sees_all)
+
     api = {
         _PEER_CREDENTIALS: {
             "Lookup": _unary(gate, Service.lookup, pb.LookupRequest),
@@ -351,6 +359,7 @@ def handlers(view: View, gate: Gate) -> list[grpc.GenericRpcHandler]:
             "ListConnections": _server_stream(
                 gate, connections, pb.ListConnectionsRequest, lists=True
             ),
+            "WatchConnections": _server_stream(gate, watch, pb.WatchConnectionsRequest, lists=True),
             "GetStatus": _unary(gate, Service.get_status, pb.GetStatusRequest),
             "WhoAmI": _unary(gate, Service.who_am_i, pb.WhoAmIRequest),
         },
@@ -381,15 +390,25 @@ def _unary(
     method: Callable[[Service, _Request], _Response],
     request_type: type[_Request],
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
+    name = _name(request_type)
+
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
+        began = time.perf_counter()
         try:
             with gate.admit(context, False) as service:
                 request = await _received(data, request_type)
-                return method(service, request).SerializeToString()
+                answer = method(service, request).SerializeToString()
+                service.figures.of(name).add(time.perf_counter() - began)
+                return answer
         except Exception as error:
             await _abort(context, error)
 
     return gate.unary(handle)
+
+
+def _name(request_type: type[Message]) -> str:
+    """What a call is called in figures: Lookup, HealthCheck."""
+    return request_type.DESCRIPTOR.name.removesuffix("Request")
 
 
 async def _received(data: bytes | AsyncIterator[bytes], request_type: type[_Request]) -> _Request:
@@ -418,12 +437,17 @@ def _merged(
     method: Callable[[Service, _Request], AsyncIterator[_Response]],
     request_type: type[_Request],
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
+    name = _name(request_type)
+
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
+        began = time.perf_counter()
         try:
             with gate.admit(context, False) as service:
                 pages = method(service, await _received(data, request_type))
                 # By protobuf's encoding, messages one after the other are one merged message.
-                return b"".join([page.SerializeToString() async for page in pages])
+                answer = b"".join([page.SerializeToString() async for page in pages])
+                service.figures.of(name).add(time.perf_counter() - began)
+                return answer
         except Exception as error:
             await _abort(context, error)
 

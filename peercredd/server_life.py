@@ -24,8 +24,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, TypedDict
 import structlog
 
 import peercredd
-from peercredd import defaults, logs, privileges
+from peercredd import defaults, lean, logs, privileges
 from peercredd.access import Policy
+from peercredd.events import Events
+from peercredd.figures import Figures
 from peercredd.listen import ListenError
 from peercredd.questions import Supervisor
 from peercredd.service import PeerCredentialsService
@@ -59,6 +61,8 @@ class Settings(TypedDict):
     format: Literal["auto", "text", "json"]
     tcp_port: int | None
     """Of loopback; None where nothing is served there."""
+    metrics: str
+    """Address and port to serve them at; empty for nowhere."""
     policy: dict[str, Any]
     """The fields of `access.Policy`, as JSON has them."""
 
@@ -96,23 +100,29 @@ class _Life:
         self._told: list[str] = []
         self._told_time = time.monotonic()
         self._store = Store(Path(settings["pin_dir"]), self._supervisor.so_peercred, self._troubles)
+        self._events = Events(Path(settings["pin_dir"]))
         # Out of files, and later no descriptor may be left.
         log.debug("server started", version=peercredd.__version__)
         # Before there is a second thread, gRPC's or another.
         self._keep_bpf = not privileges.works_without(self._reads_maps)
 
     async def serve(self) -> None:
-        from peercredd import server
+        from peercredd import server, watching
 
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         reader, writer = await asyncio.open_unix_connection(sock=self._pulse)
+        figures = Figures()
         service = functools.partial(
-            PeerCredentialsService, processes=self._supervisor, daemon_pid=self._parent
+            PeerCredentialsService,
+            processes=self._supervisor,
+            daemon_pid=self._parent,
+            figures=figures,
         )
-        with contextlib.closing(self._store):
+        with contextlib.closing(self._store), self._events, self._metrics(figures):
             async with server.serving(
                 self._store,
+                watching.Hub(self._store, self._events),
                 self._settings["path"],
                 tcp=self._tcp(),
                 service=service,
@@ -137,6 +147,19 @@ class _Life:
         return LoopbackTcp(
             self._store, port, Policy(users, groups, listener_details=policy["listener_details"])
         )
+
+    @contextlib.contextmanager
+    def _metrics(self, figures: Figures) -> Iterator[None]:
+        if not self._settings["metrics"]:
+            yield
+            return
+        lean.let_in("ssl")
+        from peercredd import metrics
+
+        host, _, port = self._settings["metrics"].rpartition(":")
+        measured = metrics.Measured(self._store, figures)
+        with metrics.serving(host.strip("[]"), int(port), measured):
+            yield
 
     def _become(self) -> None:
         settings = self._settings

@@ -22,6 +22,7 @@ import peercredd
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import encode, keys
 from peercredd.access import ON_UNIX_SOCKET, Access, Refusals
+from peercredd.figures import FOUND, Figures
 from peercredd.processes import NamespaceUnknown, SupervisorSilent
 from peercredd.processes import Processes as LocalProcesses
 from peercredd.records import V4_MAPPED, Connection
@@ -86,6 +87,9 @@ class View(Protocol):
     def connection(self, server_cookie: int) -> Connection | None:
         """Return one connection, None if it has retired."""
 
+    def shown(self, connection: Connection) -> Connection | None:
+        """Return a connection as the callers may see it, None if they may not."""
+
     def status(self) -> StoreStatus:
         """Return what the capture says of itself."""
 
@@ -112,6 +116,7 @@ class PeerCredentialsService:
         refusals: Refusals | None = None,
         processes: Processes | None = None,
         daemon_pid: int | None = None,
+        figures: Figures | None = None,
     ) -> None:
         """Answer callers with this access, whose view it is.
 
@@ -121,12 +126,14 @@ class PeerCredentialsService:
             refusals: what callers on loopback TCP did not get.
             processes: who knows the namespaces of processes; None looks into /proc, as root can.
             daemon_pid: of the process that administrators signal; None for this one.
+            figures: where lookups are counted.
         """
         self._view = view
         self._access = access
         self._refusals = refusals or Refusals()
         self._processes = processes or LocalProcesses()
         self._daemon_pid = daemon_pid or os.getpid()
+        self.figures = figures or Figures()
 
     def lookup(self, request: pb.LookupRequest) -> pb.LookupResponse:
         """Answer one key."""
@@ -176,24 +183,32 @@ class PeerCredentialsService:
 
         A page may be empty, then there is nothing to send.
         """
-        if request.HasField("server_port") and not 0 < request.server_port < 65536:
-            raise RequestError(
-                encode.error(
-                    code_pb2.INVALID_ARGUMENT,
-                    "INVALID_FILTER",
-                    f"server_port: {request.server_port} is not between 1 and 65535",
-                    "server_port",
-                )
-            )
+        passes = _filter(request)
         # A slow reader holds this for as long as it likes: 8 bytes a connection, not 40.
         cookies = array("Q", self._view.server_cookies())
         for start in range(0, len(cookies), PAGE):
             page = pb.ListConnectionsResponse()
             for cookie in cookies[start : start + PAGE]:
                 connection = self._view.connection(cookie)
-                if connection is not None and _passes(connection, request):
+                if connection is not None and passes(connection):
                     encode.connection(page.connections.add(), connection)
             yield page
+
+    def shown(
+        self, request: pb.ListConnectionsRequest | pb.WatchConnectionsRequest
+    ) -> Callable[[Connection], Connection | None]:
+        """Return what makes of a connection that which the caller is to be shown, or None."""
+        passes = _filter(request)
+
+        def shown(connection: Connection) -> Connection | None:
+            return self._view.shown(connection) if passes(connection) else None
+
+        return shown
+
+    @property
+    def sees_all(self) -> bool:
+        """Whether the caller may learn about every connection."""
+        return self._access.sees_all
 
     def get_status(self, _: pb.GetStatusRequest) -> pb.GetStatusResponse:
         """Say what runs, since when, how full the tables are and what was dropped."""
@@ -295,7 +310,9 @@ class PeerCredentialsService:
                     raise RequestError(_CAPTURE_LOST)
                 if self._leaves_the_host(key):
                     found = Reason.NOT_LOCAL
+            self.figures.lookups[found.value] += 1
             raise RequestError(_NOT_FOUND[found])
+        self.figures.lookups[FOUND] += 1
         encode.answer(response, found, basis)
         if viewpoint:
             viewpoint.translate(response, found.peer, found.acceptor)
@@ -338,18 +355,32 @@ def _invalid(prefix: str, error: keys.InvalidKey) -> Status:
     return encode.error(code_pb2.INVALID_ARGUMENT, error.reason, f"{field}: {error.text}", field)
 
 
-def _passes(connection: Connection, request: pb.ListConnectionsRequest) -> bool:
-    return (
-        (not request.HasField("client_uid") or connection.client.euid == request.client_uid)
-        and (
-            not request.HasField("server_port")
-            or connection.tuple.server_port == request.server_port
+def _filter(
+    request: pb.ListConnectionsRequest | pb.WatchConnectionsRequest,
+) -> Callable[[Connection], bool]:
+    """What tells whether a connection passes the filters of a request."""
+    if request.HasField("server_port") and not 0 < request.server_port < 65536:
+        raise RequestError(
+            encode.error(
+                code_pb2.INVALID_ARGUMENT,
+                "INVALID_FILTER",
+                f"server_port: {request.server_port} is not between 1 and 65535",
+                "server_port",
+            )
         )
-        and (
-            not request.HasField("netns_cookie")
-            or connection.tuple.netns_cookie == request.netns_cookie
+    client_uid = request.client_uid if request.HasField("client_uid") else None
+    server_port = request.server_port if request.HasField("server_port") else None
+    netns_cookie = request.netns_cookie if request.HasField("netns_cookie") else None
+
+    def passes(connection: Connection) -> bool:
+        ends = connection.tuple
+        return (
+            client_uid in (None, connection.client.euid)
+            and server_port in (None, ends.server_port)
+            and netns_cookie in (None, ends.netns_cookie)
         )
-    )
+
+    return passes
 
 
 def _is_local(address: bytes) -> bool:

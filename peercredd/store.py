@@ -34,6 +34,7 @@ _MOST_LOOKUPS = 4
 _DROP_COUNT = struct.Struct("=Q")
 _STATISTICS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _FTRACE = Path("/proc/sys/kernel/ftrace_enabled")
+_EVENT_LOST = 1 + [name for name, _ in records.DROPS].index("EVENT_LOST")
 _RECORD_TABLES = ("pending", "connections", "by_tuple", "by_client")
 
 
@@ -100,6 +101,13 @@ class Drop(NamedTuple):
     description: str
 
 
+class Totals(NamedTuple):
+    """Records since the capture began."""
+
+    established: int
+    retired: int
+
+
 class StoreStatus(NamedTuple):
     """What the capture says of itself."""
 
@@ -154,6 +162,7 @@ class Store:
             self._absences = self._open(capture, "absences")
             self._older = self._open(capture, "older")
             self._drops = self._open(capture, "drops")
+            self._totals = self._open(capture, "totals")
             self._links = {
                 pinned.name: self._hold(get_pinned(pinned))
                 for pinned in sorted((capture / pins.LINKS).iterdir())
@@ -270,6 +279,19 @@ class Store:
         """The record of one server socket, if it has one."""
         data = self._connections.lookup(_COOKIE.pack(server_cookie))
         return records.connection(data) if data else None
+
+    def shown(self, connection: Connection) -> Connection:
+        """A connection as those may see it who see all: whole."""
+        return connection
+
+    def totals(self) -> Totals:
+        """How many records there have been since the capture began."""
+        counts = map(records.TOTALS.unpack, self._totals.of_each_cpu(bytes(4)))
+        return Totals(*map(sum, zip(*counts, strict=True)))
+
+    def events_lost(self) -> int:
+        """How many events those who watch were not told of, since the capture began."""
+        return self._drop_count(_EVENT_LOST)
 
     def status(self, *, everything: bool = True) -> StoreStatus:
         """The state of the capture now; counting the tables takes milliseconds.

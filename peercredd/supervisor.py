@@ -136,6 +136,7 @@ class Supervisor:
                             "level": config.log.level,
                             "format": config.log.format,
                             "tcp_port": config.api.tcp_port if config.api.tcp else None,
+                            "metrics": config.metrics.address,
                             "policy": dataclasses.asdict(self._policy),
                         },
                         (*descriptors, self._socket.folder),

@@ -35,10 +35,12 @@ from peercred.types import (
     Attachment,
     Basis,
     Connection,
+    ConnectionEvent,
     Credentials,
     Drop,
     End,
     Endpoint,
+    EventKind,
     Namespaces,
     PeerCredentials,
     Refusal,
@@ -214,6 +216,65 @@ def list_request(
     _set(request, "server_port", server_port, "server_port")
     _set(request, "netns_cookie", netns_cookie, "netns_cookie")
     return request
+
+
+def watch_request(
+    client_uid: int | None, server_port: int | None, netns_cookie: int | None
+) -> pb.WatchConnectionsRequest:
+    """Return the request to be told of the connections that pass the filters.
+
+    Raises:
+        InvalidArgument: A filter is out of its range.
+
+    """
+    request = pb.WatchConnectionsRequest()
+    _set(request, "client_uid", client_uid, "client_uid")
+    _set(request, "server_port", server_port, "server_port")
+    _set(request, "netns_cookie", netns_cookie, "netns_cookie")
+    return request
+
+
+class Watched:
+    """The connections a watcher was told of: what is retired is told by its cookie alone."""
+
+    def __init__(self) -> None:
+        self._connections: dict[int, Connection] = {}
+        self._missed = 0
+
+    def events(self, response: pb.WatchConnectionsResponse) -> Iterator[ConnectionEvent]:
+        """Yield what a response says.
+
+        Raises:
+            PeerCredError: It lacks what it may not lack, or ends what it never began.
+
+        """
+        for event in response.events:
+            match event.WhichOneof("event"):
+                case "present":
+                    yield self._came(EventKind.PRESENT, event.present)
+                case "established":
+                    yield self._came(EventKind.ESTABLISHED, event.established)
+                case "retired":
+                    cookie = event.retired.server_socket_cookie
+                    gone = self._connections.pop(cookie, None)
+                    if gone is None:
+                        raise PeerCredError(f"the daemon told of no connection {cookie} that ends")
+                    yield ConnectionEvent(kind=EventKind.RETIRED, connection=gone)
+                case _:
+                    raise PeerCredError(
+                        "the daemon tells of something unknown; upgrade this library to the "
+                        "daemon's version"
+                    )
+        if response.synchronized:
+            yield ConnectionEvent(kind=EventKind.SYNCHRONIZED)
+        if response.missed > self._missed:
+            self._missed = response.missed
+            yield ConnectionEvent(kind=EventKind.MISSED, missed=self._missed)
+
+    def _came(self, kind: EventKind, message: pb.Connection) -> ConnectionEvent:
+        came = connection(message)
+        self._connections[came.server_socket_cookie] = came
+        return ConnectionEvent(kind=kind, connection=came)
 
 
 class Batch:
@@ -405,6 +466,11 @@ def error_of_call(error: grpc.RpcError, address: str, timeout: float) -> PeerCre
             return _error_of_status(RpcStatus(code=code.value[0], message=details))
 
 
+def ended(address: str) -> Unavailable:
+    """Return the error for a daemon at `address` that ended what has no end."""
+    return Unavailable(f"the daemon at {address} ended the call; ask again")
+
+
 def no_answer_within(address: str, timeout: float) -> DeadlineExceeded:
     """Return the error for a daemon at `address` that took longer than `timeout` seconds."""
     return DeadlineExceeded(
@@ -450,7 +516,9 @@ def _set_endpoint(message: pb.Endpoint, end: Address, name: str) -> None:
 
 
 def _set(
-    message: pb.ConnectionKey | pb.ListConnectionsRequest | pb.Namespaces,
+    message: (
+        pb.ConnectionKey | pb.ListConnectionsRequest | pb.WatchConnectionsRequest | pb.Namespaces
+    ),
     field: str,
     number: int | None,
     name: str,

@@ -13,7 +13,14 @@ import grpc.aio
 
 from peercred import _address, _wire
 from peercred.errors import PeerCredError, Refused, Unavailable
-from peercred.types import Access, Connection, Namespaces, PeerCredentials, Status
+from peercred.types import (
+    Access,
+    Connection,
+    ConnectionEvent,
+    Namespaces,
+    PeerCredentials,
+    Status,
+)
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
 
@@ -152,6 +159,16 @@ class AsyncClient:
         """Iterate over recorded connections; see `Client.connections`."""
         return self._connections(_wire.list_request(client_uid, server_port, netns_cookie))
 
+    def watch(
+        self,
+        *,
+        client_uid: int | None = None,
+        server_port: int | None = None,
+        netns_cookie: int | None = None,
+    ) -> AsyncIterator[ConnectionEvent]:
+        """Iterate over connections that are there, come and go; see `Client.watch`."""
+        return self._watch(_wire.watch_request(client_uid, server_port, netns_cookie))
+
     async def status(self) -> Status:
         """Return what the daemon says of itself; see `Client.status`."""
         return _wire.status(await self._call(self._stub.GetStatus, pb.GetStatusRequest()))
@@ -179,18 +196,43 @@ class AsyncClient:
             call = self._stub.ListConnections(request)
         try:
             responses = aiter(call)
-            while True:
-                with self._typed_errors():
-                    # A deadline of the call would run while the reader is busy with what it got.
-                    async with asyncio.timeout(self.timeout):
-                        response = await anext(responses, None)
-                if response is None:
-                    return
+            while (response := await self._in_time(responses)) is not None:
                 self._daemon.check_again()
                 for message in response.connections:
                     yield _wire.connection(message)
         finally:
             call.cancel()
+
+    async def _watch(self, request: pb.WatchConnectionsRequest) -> AsyncIterator[ConnectionEvent]:
+        watched = _wire.Watched()
+        with self._typed_errors():
+            call = self._stub.WatchConnections(request)
+        try:
+            responses = aiter(call)
+            response = await self._in_time(responses)
+            while response is not None and not response.synchronized:
+                self._daemon.check_again()
+                for event in watched.events(response):
+                    yield event
+                response = await self._in_time(responses)
+            while response is not None:
+                self._daemon.check_again()
+                for event in watched.events(response):
+                    yield event
+                with self._typed_errors():
+                    response = await anext(responses, None)
+            raise _wire.ended(self.address)
+        finally:
+            call.cancel()
+
+    async def _in_time(self, responses: AsyncIterator[_Response]) -> _Response | None:
+        """The next response of a stream, None at its end.
+
+        A deadline of the call would run while the reader is busy with what it got.
+        """
+        with self._typed_errors():
+            async with asyncio.timeout(self.timeout):
+                return await anext(responses, None)
 
     @contextmanager
     def _typed_errors(self) -> Iterator[None]:

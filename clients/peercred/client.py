@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self, TypeVar
@@ -12,7 +12,14 @@ import grpc
 
 from peercred import _address, _wire
 from peercred.errors import PeerCredError, Refused, Unavailable
-from peercred.types import Access, Connection, Namespaces, PeerCredentials, Status
+from peercred.types import (
+    Access,
+    Connection,
+    ConnectionEvent,
+    Namespaces,
+    PeerCredentials,
+    Status,
+)
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
 
@@ -199,6 +206,30 @@ class Client:
         """
         return self._connections(_wire.list_request(client_uid, server_port, netns_cookie))
 
+    def watch(
+        self,
+        *,
+        client_uid: int | None = None,
+        server_port: int | None = None,
+        netns_cookie: int | None = None,
+    ) -> Iterator[ConnectionEvent]:
+        """Yield the connections that pass the filters, then each that comes and goes, for ever.
+
+        First those that are present, then SYNCHRONIZED once. Of each connection there is one event
+        PRESENT or ESTABLISHED and, after it, one RETIRED. Who reads too slowly gets MISSED in
+        place of some. The timeout is for what is present: later, nothing may happen for long.
+
+        Args:
+            client_uid: Only those whose client had this effective user id.
+            server_port: Only those to this port.
+            netns_cookie: Only those in this network namespace.
+
+        Raises:
+            InvalidArgument: A filter is out of its range.
+
+        """
+        return self._watch(_wire.watch_request(client_uid, server_port, netns_cookie))
+
     def status(self) -> Status:
         """Return what the daemon says of itself: its version, its tables, what it had to drop."""
         return _wire.status(self._call(self._stub.GetStatus, pb.GetStatusRequest()))
@@ -222,33 +253,57 @@ class Client:
     def _connections(self, request: pb.ListConnectionsRequest) -> Iterator[Connection]:
         with self._typed_errors():
             call = self._stub.ListConnections(request)
-        overdue = threading.Event()
-
-        def give_up() -> None:
-            overdue.set()
-            call.cancel()
-
         try:
-            while True:
-                # A deadline of the call would run while the reader is busy with what it got.
-                watchdog = threading.Timer(self.timeout, give_up)
-                watchdog.daemon = True
-                watchdog.start()
-                try:
-                    with self._typed_errors():
-                        response = next(call, None)
-                except PeerCredError as error:
-                    if overdue.is_set():
-                        raise _wire.no_answer_within(self.address, self.timeout) from error
-                    raise
-                finally:
-                    watchdog.cancel()
-                if response is None:
-                    return
+            while (response := self._in_time(call, call.cancel)) is not None:
                 self._daemon.check_again()
                 yield from map(_wire.connection, response.connections)
         finally:
             call.cancel()
+
+    def _watch(self, request: pb.WatchConnectionsRequest) -> Iterator[ConnectionEvent]:
+        watched = _wire.Watched()
+        with self._typed_errors():
+            call = self._stub.WatchConnections(request)
+        try:
+            response = self._in_time(call, call.cancel)
+            while response is not None and not response.synchronized:
+                self._daemon.check_again()
+                yield from watched.events(response)
+                response = self._in_time(call, call.cancel)
+            while response is not None:
+                self._daemon.check_again()
+                yield from watched.events(response)
+                with self._typed_errors():
+                    response = next(call, None)
+            raise _wire.ended(self.address)
+        finally:
+            call.cancel()
+
+    def _in_time(
+        self, responses: Iterator[_Response], cancel: Callable[[], object]
+    ) -> _Response | None:
+        """The next response of a call, None at its end; `cancel` ends the call.
+
+        A deadline of the call would run while the reader is busy with what it got.
+        """
+        overdue = threading.Event()
+
+        def give_up() -> None:
+            overdue.set()
+            cancel()
+
+        watchdog = threading.Timer(self.timeout, give_up)
+        watchdog.daemon = True
+        watchdog.start()
+        try:
+            with self._typed_errors():
+                return next(responses, None)
+        except PeerCredError as error:
+            if overdue.is_set():
+                raise _wire.no_answer_within(self.address, self.timeout) from error
+            raise
+        finally:
+            watchdog.cancel()
 
     @contextmanager
     def _typed_errors(self) -> Iterator[None]:

@@ -157,6 +157,32 @@ class Connection:
     """Who called accept(); None as in `PeerCredentials`."""
 
 
+class EventKind(Enum):
+    """What a watcher is told."""
+
+    PRESENT = "present"
+    """A connection was there when the watching began."""
+    SYNCHRONIZED = "synchronized"
+    """All that were present have been told of."""
+    ESTABLISHED = "established"
+    """A connection was established; nobody has accepted it yet."""
+    RETIRED = "retired"
+    """Nobody can ask about a connection any more, from either end."""
+    MISSED = "missed"
+    """Connections came that this watcher was, and will be, told nothing of."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConnectionEvent:
+    """Something that a watcher is told."""
+
+    kind: EventKind
+    connection: Connection | None = None
+    """As it was when it was told of first. None with SYNCHRONIZED and MISSED."""
+    missed: int = 0
+    """Of MISSED: how many in all, since the watching began."""
+
+
 @dataclass(frozen=True, slots=True)
 class Table:
     """One BPF map of the capture, and how full it is."""

@@ -62,6 +62,7 @@ class CannedDaemon(PeerCredentialsServicer):
         self.results: list[pb.LookupResult] | None = None
         """What every batch gets, in place of the answers to its keys."""
         self.pages: list[pb.ListConnectionsResponse | Status] = []
+        self.watched: list[pb.WatchConnectionsResponse | Status] = []
         self.status: pb.GetStatusResponse | Status = pb.GetStatusResponse()
         self.access: pb.WhoAmIResponse | Status = pb.WhoAmIResponse(
             transport=pb.TRANSPORT_UNIX_SOCKET, scope=pb.SCOPE_ALL, reason="it may"
@@ -122,6 +123,15 @@ class CannedDaemon(PeerCredentialsServicer):
             if isinstance(page, Status):
                 fail(context, page)
             yield page
+        self._wait()
+
+    def WatchConnections(
+        self, request: pb.WatchConnectionsRequest, context: Any
+    ) -> Iterator[pb.WatchConnectionsResponse]:
+        for response in self.watched:
+            if isinstance(response, Status):
+                fail(context, response)
+            yield response
         self._wait()
 
     def GetStatus(self, request: pb.GetStatusRequest, context: Any) -> pb.GetStatusResponse:

@@ -18,7 +18,7 @@ from peercredd.records import (
     Credentials,
     Tuple,
 )
-from peercredd.store import Answer, Attachment, Drop, Reason, Sighting, StoreStatus, Table
+from peercredd.store import Answer, Attachment, Drop, Reason, Sighting, StoreStatus, Table, Totals
 
 OWN_NETNS = 1
 LOOPBACK = V4_MAPPED + bytes([127, 0, 0, 1])
@@ -151,6 +151,15 @@ class MemoryView:
 
     def connection(self, server_cookie: int) -> Connection | None:
         return self.connections.get(server_cookie)
+
+    def shown(self, connection: Connection) -> Connection:
+        return connection
+
+    def totals(self) -> Totals:
+        return Totals(established=7, retired=6)
+
+    def events_lost(self) -> int:
+        return 0
 
     def status(self, *, everything: bool = True) -> StoreStatus:
         status = StoreStatus(

@@ -628,3 +628,12 @@ class _borrow:  # noqa: N801 - reads as the function it is
 
     def __exit__(self, *_: object) -> None:
         self._sock.detach()
+
+
+def talk_to_oneself(route: Route, count: int) -> None:
+    """Make TCP connections to a listener of one's own, each over at once."""
+    with socket.create_server((route.bound, 0), family=route.server_family) as listener:
+        address = (route.target, listener.getsockname()[1])
+        for _ in range(count):
+            with socket.create_connection(address):
+                listener.accept()[0].close()

@@ -1,10 +1,15 @@
+import fcntl
 import json
 import os
+import pty
 import re
 import signal
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +27,7 @@ LONG_ENDPOINT = "[fd00:1111:2222:3333:4444:5555:6666:7777]:50001"
 LOOKUP = ("lookup", "127.0.0.1:8080", "127.0.0.1:50000")
 TCP_LISTEN = "0A"  # as /proc/net/tcp writes it
 
-SUBCOMMANDS = ("lookup", "list", "status", "whoami", "run", "doctor", "completion")
+SUBCOMMANDS = ("lookup", "list", "watch", "status", "whoami", "run", "doctor", "completion")
 
 
 def credentials(**fields: Any) -> pb.Credentials:
@@ -566,6 +571,77 @@ def test_status_as_json_has_every_part(peercred: Peercred) -> None:
         {"hook_set": "trace", "reason": "the kernel cannot attach to tcp_connect"}
     ]
     assert document["daemon_pid"] == 77
+
+
+# watch
+
+
+def watched() -> list[pb.WatchConnectionsResponse]:
+    """One that was there, one that comes, and the first one goes; then some are missed."""
+    there, comes = page(count=2, comm=HOSTILE).connections
+    gone = pb.ConnectionEvent.Retired(server_socket_cookie=there.server_socket_cookie)
+    return [
+        pb.WatchConnectionsResponse(events=[pb.ConnectionEvent(present=there)]),
+        pb.WatchConnectionsResponse(synchronized=True),
+        pb.WatchConnectionsResponse(
+            events=[pb.ConnectionEvent(established=comes), pb.ConnectionEvent(retired=gone)],
+        ),
+        pb.WatchConnectionsResponse(missed=3),
+    ]
+
+
+def test_watch_prints_a_line_for_each_event_that_no_terminal_obeys(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.watched = watched()
+
+    done = peercred("watch")
+
+    words = [line.split(maxsplit=3) for line in done.stdout.splitlines()]
+    assert [kind for _, _, kind, *_ in words] == [
+        *("present", "synchronized", "established", "retired", "missed")
+    ]
+    assert words[-1][3:] == ["3"]
+    assert words[0][3].startswith(f"{LONG_ENDPOINT} -> [::1]:8080 root pid 4242")
+    assert words[0][3] == words[3][3]
+    assert HOSTILE_ESCAPED in words[2][3]
+
+
+def test_watch_as_json_is_a_document_for_each_event(
+    peercred: Peercred, canned: CannedDaemon
+) -> None:
+    canned.watched = watched()
+
+    documents = [json.loads(line) for line in peercred("watch", "--json").stdout.splitlines()]
+
+    assert [document["event"] for document in documents[:-1]] == [
+        *("present", "synchronized", "established", "retired", "missed")
+    ]
+    assert documents[0]["connection"]["client"]["uid_name"] == "root"
+    assert documents[3]["connection"] == documents[0]["connection"]
+    assert documents[4]["missed"] == 3
+    assert documents[-1]["error"]["code"] == "unavailable"
+
+
+def test_watch_shows_on_a_terminal_what_is_there(peercred: Peercred, canned: CannedDaemon) -> None:
+    canned.watched = watched()[:2]
+    canned.release.clear()
+    outside, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
+    with peercred.start("watch", output=inside) as process:
+        os.close(inside)
+        shown = b""
+        while b"1 connections" not in shown or b"root" not in shown:
+            shown += os.read(outside, 65536)
+        process.send_signal(signal.SIGINT)
+        with suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(outside, 65536):
+                shown += part
+        assert process.wait() == -signal.SIGINT
+    os.close(outside)
+    assert b"\x1b]0;pwned" not in shown
+    hidden, seen = shown.rfind(b"\x1b[?25l"), shown.rfind(b"\x1b[?25h")
+    assert 0 <= hidden < seen, "the cursor is there again"
 
 
 # whoami

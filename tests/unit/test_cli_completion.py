@@ -63,7 +63,7 @@ def test_the_json_form_carries_the_same_script(name: str) -> None:
     ("words", "expected"),
     [
         (["lo"], {"lookup"}),
-        ([""], {"lookup", "list", "status", "whoami", "run", "doctor", "completion"}),
+        ([""], {"lookup", "list", "watch", "status", "whoami", "run", "doctor", "completion"}),
         (["whoami", "--ip"], {"--ipv6"}),
         (["list", "--net"], {"--netns-cookie"}),
         (["completion", "f"], {"fish"}),

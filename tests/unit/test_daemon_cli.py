@@ -76,6 +76,7 @@ def test_every_option_has_a_flag_that_sets_it(peercredd: Run) -> None:
         "a list of targets": "all",
         "a list of users": "staff",
         "a list of groups": "staff",
+        "an address and a port": "127.0.0.1:9338",
     }
     flags = [
         "--hooks=trace",

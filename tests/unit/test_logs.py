@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,8 @@ import pytest
 
 PROGRAM = """
 import logging, sys, structlog
-from peercredd import logs
+from peercredd import journal, logs
+journal.Journal.__init__.__defaults__ = (sys.argv[3],)
 logs.configure(sys.argv[1], sys.argv[2])
 log = structlog.get_logger("peercredd.test")
 log.debug("detail")
@@ -23,7 +25,9 @@ except ZeroDivisionError:
 """
 
 
-def write_log(stderr: Path, level: str, form: str, *, journal: bool = False) -> list[str]:
+def write_log(
+    stderr: Path, level: str, form: str, *, journal: bool = False, to: str = "/nowhere"
+) -> list[str]:
     with stderr.open("wb") as file:
         status = os.fstat(file.fileno())
         environment = {k: v for k, v in os.environ.items() if k != "JOURNAL_STREAM"}
@@ -33,7 +37,7 @@ def write_log(stderr: Path, level: str, form: str, *, journal: bool = False) -> 
             # What a shell started from a unit inherits, with stderr sent elsewhere.
             environment["JOURNAL_STREAM"] = f"{status.st_dev}:{status.st_ino + 1}"
         subprocess.run(
-            [sys.executable, "-c", PROGRAM, level, form],
+            [sys.executable, "-c", PROGRAM, level, form, to],
             env=environment,
             stderr=file,
             check=True,
@@ -55,12 +59,46 @@ def test_a_file_gets_one_json_object_an_event(tmp_path: Path) -> None:
     assert all(list(event)[:3] == ["event", "level", "timestamp"] for event in events)
 
 
-def test_the_journal_gets_a_priority_on_every_line_and_no_timestamp(tmp_path: Path) -> None:
+def test_stderr_of_a_unit_gets_a_priority_on_every_line_and_no_timestamp(tmp_path: Path) -> None:
     lines = write_log(tmp_path / "log", "info", "auto", journal=True)
 
     assert lines[:3] == ["<6>serving socket='/run/a b'", "<4>slow callback", "<3>broken"]
     assert lines[-1].endswith("ZeroDivisionError: division by zero")
     assert all(line.startswith("<3>") for line in lines[2:])
+
+
+def fields(entry: bytes) -> dict[str, str]:
+    """An entry of the journal, decoded as its protocol has it."""
+    found = {}
+    while entry:
+        line, entry = entry.split(b"\n", 1)
+        name, equals, value = line.partition(b"=")
+        if not equals:
+            size = int.from_bytes(entry[:8], "little")
+            value, entry = entry[8 : 8 + size], entry[8 + size + 1 :]
+        found[name.decode()] = value.decode()
+    return found
+
+
+def test_the_journal_gets_an_entry_an_event_with_its_values_as_fields(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as journal:
+        journal.bind(str(tmp_path / "socket"))
+        stderr = write_log(
+            tmp_path / "log", "info", "auto", journal=True, to=str(tmp_path / "socket")
+        )
+        serving, slow, broken = (fields(journal.recv(65536)) for _ in range(3))
+
+    assert stderr == []
+    assert serving == {
+        "MESSAGE": "serving socket='/run/a b'",
+        "PRIORITY": "6",
+        "SYSLOG_IDENTIFIER": "peercredd",
+        "PEERCREDD_SOCKET": "/run/a b",
+    }
+    assert (slow["MESSAGE"], slow["PRIORITY"]) == ("slow callback", "4")
+    assert broken["PRIORITY"] == "3"
+    assert broken["MESSAGE"].startswith("broken\n")
+    assert broken["MESSAGE"].endswith("ZeroDivisionError: division by zero")
 
 
 def test_the_journal_gets_json_when_asked(tmp_path: Path) -> None:

@@ -148,14 +148,14 @@ def test_the_filter_leaves_what_the_server_does_and_no_more() -> None:
         assert refused(lambda: os.kill(os.getppid(), 0))
         assert refused(lambda: os.mkdir("/tmp/never"))  # noqa: PTH102
         assert refused(lambda: bpf(BPF_LINK_DETACH))
-        assert refused(lambda: bpf(BPF_MAP_UPDATE_ELEM))
+        assert refused(lambda: bpf(BPF_MAP_DELETE_ELEM))
         assert not refused(lambda: bpf(BPF_MAP_LOOKUP_ELEM))
 
     in_child(child)
 
 
 BPF_MAP_LOOKUP_ELEM = 1
-BPF_MAP_UPDATE_ELEM = 2
+BPF_MAP_DELETE_ELEM = 3
 BPF_LINK_DETACH = 34
 
 

@@ -9,7 +9,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ from grpc_reflection.v1alpha.proto_reflection_descriptor_database import (
 from grpc_status import rpc_status
 from structlog.testing import capture_logs
 
+from harness.memory_events import MemoryEvents
 from harness.memory_view import MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
@@ -31,6 +32,7 @@ from peercredd import health, server
 from peercredd.listen import ListenError, UnixSocket
 from peercredd.records import Connection
 from peercredd.store import Answer, Attachment, Reason
+from peercredd.watching import Hub
 
 OWN_GROUP = grp.getgrgid(os.getegid()).gr_name
 API = "/peercred.v1.PeerCredentials"
@@ -91,13 +93,13 @@ def served(view: MemoryView, path: Path) -> Iterator[grpc.Channel]:
     async def main() -> None:
         stop = asyncio.Event()
         with UnixSocket(path, OWN_GROUP) as unix_socket:
-            async with server.serving(view, unix_socket.private_path):
+            async with server.serving(view, Hub(view, events), unix_socket.private_path):
                 unix_socket.publish()
                 loop = asyncio.get_running_loop()
                 started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
                 await stop.wait()
 
-    with ThreadPoolExecutor(1) as thread:
+    with closing(MemoryEvents()) as events, ThreadPoolExecutor(1) as thread:
         ended = thread.submit(asyncio.run, main())
         first: Future[Any] = next(as_completed((started, ended)))
         stop = first.result()

@@ -63,12 +63,13 @@ def list_connections(
             )
         )
     if settings.json:
-        print_json({"connections": [_document(connection) for connection in connections]})
+        print_json({"connections": [connection_document(connection) for connection in connections]})
     else:
         print_table([_row(connection) for connection in connections], HEADER)
 
 
-def _document(connection: Connection) -> dict[str, object]:
+def connection_document(connection: Connection) -> dict[str, object]:
+    """A connection as JSON has it."""
     return asdict(connection) | {
         "client": document(connection.client),
         "listener": document(connection.listener) if connection.listener else None,

@@ -18,6 +18,7 @@ from peercred.cli.lookup import lookup
 from peercred.cli.run import OWN_FAILURE, RunError, run
 from peercred.cli.settings import common_options
 from peercred.cli.status import status
+from peercred.cli.watch import watch
 from peercred.cli.whoami import whoami
 
 NOT_FOUND, USAGE, UNAVAILABLE, REFUSED = 1, 2, 3, 4
@@ -47,6 +48,8 @@ Examples:
     sudo peercred run -- ./server
   Which users are connected to port 5432?
     peercred list --port 5432 --json | jq -r '.connections[].client.uid'
+  Who comes and goes?
+    peercred watch
   It does not work. Why?
     sudo peercred doctor
 
@@ -75,7 +78,7 @@ def cli() -> None:
     """
 
 
-for command in (lookup, list_connections, status, whoami, run, doctor, completion):
+for command in (lookup, list_connections, watch, status, whoami, run, doctor, completion):
     cli.add_command(command)
 
 

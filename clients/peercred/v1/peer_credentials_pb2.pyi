@@ -794,6 +794,132 @@ class ListConnectionsResponse(_message.Message):
 Global___ListConnectionsResponse: _TypeAlias = ListConnectionsResponse  # noqa: Y015
 
 @_typing.final
+class WatchConnectionsRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    CLIENT_UID_FIELD_NUMBER: _builtins.int
+    SERVER_PORT_FIELD_NUMBER: _builtins.int
+    NETNS_COOKIE_FIELD_NUMBER: _builtins.int
+    client_uid: _builtins.int
+    """Only connections whose client has this effective uid."""
+    server_port: _builtins.int
+    """Only connections to this port."""
+    netns_cookie: _builtins.int
+    """Only connections in this network namespace; all, when absent."""
+    def __init__(
+        self,
+        *,
+        client_uid: _builtins.int | None = ...,
+        server_port: _builtins.int | None = ...,
+        netns_cookie: _builtins.int | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_client_uid", b"_client_uid", "_netns_cookie", b"_netns_cookie", "_server_port", b"_server_port", "client_uid", b"client_uid", "netns_cookie", b"netns_cookie", "server_port", b"server_port"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_client_uid", b"_client_uid", "_netns_cookie", b"_netns_cookie", "_server_port", b"_server_port", "client_uid", b"client_uid", "netns_cookie", b"netns_cookie", "server_port", b"server_port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType__client_uid: _TypeAlias = _typing.Literal["client_uid"]  # noqa: Y015
+    _WhichOneofArgType__client_uid: _TypeAlias = _typing.Literal["_client_uid", b"_client_uid"]  # noqa: Y015
+    _WhichOneofReturnType__netns_cookie: _TypeAlias = _typing.Literal["netns_cookie"]  # noqa: Y015
+    _WhichOneofArgType__netns_cookie: _TypeAlias = _typing.Literal["_netns_cookie", b"_netns_cookie"]  # noqa: Y015
+    _WhichOneofReturnType__server_port: _TypeAlias = _typing.Literal["server_port"]  # noqa: Y015
+    _WhichOneofArgType__server_port: _TypeAlias = _typing.Literal["_server_port", b"_server_port"]  # noqa: Y015
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__client_uid) -> _WhichOneofReturnType__client_uid | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__netns_cookie) -> _WhichOneofReturnType__netns_cookie | None: ...
+    @_typing.overload
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__server_port) -> _WhichOneofReturnType__server_port | None: ...
+
+Global___WatchConnectionsRequest: _TypeAlias = WatchConnectionsRequest  # noqa: Y015
+
+@_typing.final
+class ConnectionEvent(_message.Message):
+    """Something that a watcher is told."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    @_typing.final
+    class Retired(_message.Message):
+        """Nobody can ask about the connection any more, from either end."""
+
+        DESCRIPTOR: _descriptor.Descriptor
+
+        SERVER_SOCKET_COOKIE_FIELD_NUMBER: _builtins.int
+        server_socket_cookie: _builtins.int
+        def __init__(
+            self,
+            *,
+            server_socket_cookie: _builtins.int = ...,
+        ) -> None: ...
+        _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+        def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+        _ClearFieldArgType: _TypeAlias = _typing.Literal["server_socket_cookie", b"server_socket_cookie"]  # noqa: Y015
+        def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+        def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+    PRESENT_FIELD_NUMBER: _builtins.int
+    ESTABLISHED_FIELD_NUMBER: _builtins.int
+    RETIRED_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def present(self) -> Global___Connection:
+        """It was there when the call began."""
+
+    @_builtins.property
+    def established(self) -> Global___Connection:
+        """As its server's socket is born: nobody has accepted it yet."""
+
+    @_builtins.property
+    def retired(self) -> Global___ConnectionEvent.Retired: ...
+    def __init__(
+        self,
+        *,
+        present: Global___Connection | None = ...,
+        established: Global___Connection | None = ...,
+        retired: Global___ConnectionEvent.Retired | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _typing.Literal["established", b"established", "event", b"event", "present", b"present", "retired", b"retired"]  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["established", b"established", "event", b"event", "present", b"present", "retired", b"retired"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    _WhichOneofReturnType_event: _TypeAlias = _typing.Literal["present", "established", "retired"]  # noqa: Y015
+    _WhichOneofArgType_event: _TypeAlias = _typing.Literal["event", b"event"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType_event) -> _WhichOneofReturnType_event | None: ...
+
+Global___ConnectionEvent: _TypeAlias = ConnectionEvent  # noqa: Y015
+
+@_typing.final
+class WatchConnectionsResponse(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    EVENTS_FIELD_NUMBER: _builtins.int
+    SYNCHRONIZED_FIELD_NUMBER: _builtins.int
+    MISSED_FIELD_NUMBER: _builtins.int
+    synchronized: _builtins.bool
+    """True once: when all that was present has been sent."""
+    missed: _builtins.int
+    """Since the call began: connections established that this call was not told of, as
+    they came faster than they were read, and what the daemon itself was not told of.
+    """
+    @_builtins.property
+    def events(self) -> _containers.RepeatedCompositeFieldContainer[Global___ConnectionEvent]:
+        """Up to 100 at a time."""
+
+    def __init__(
+        self,
+        *,
+        events: _abc.Iterable[Global___ConnectionEvent] | None = ...,
+        synchronized: _builtins.bool = ...,
+        missed: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["events", b"events", "missed", b"missed", "synchronized", b"synchronized"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___WatchConnectionsResponse: _TypeAlias = WatchConnectionsResponse  # noqa: Y015
+
+@_typing.final
 class GetStatusRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 

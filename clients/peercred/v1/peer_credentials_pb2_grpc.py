@@ -34,7 +34,8 @@ class PeerCredentialsStub:
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
     offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
-    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS or
+    TOO_MANY_WATCHERS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -67,6 +68,11 @@ class PeerCredentialsStub:
                 request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsRequest.SerializeToString,
                 response_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsResponse.FromString,
                 _registered_method=True)
+        self.WatchConnections = channel.unary_stream(
+                '/peercred.v1.PeerCredentials/WatchConnections',
+                request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsRequest.SerializeToString,
+                response_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsResponse.FromString,
+                _registered_method=True)
         self.GetStatus = channel.unary_unary(
                 '/peercred.v1.PeerCredentials/GetStatus',
                 request_serializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.SerializeToString,
@@ -88,7 +94,8 @@ class PeerCredentialsServicer:
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
     offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
-    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS or
+    TOO_MANY_WATCHERS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -123,6 +130,19 @@ class PeerCredentialsServicer:
         Snapshot rule: the set of connections is fixed when the call starts. Each is
         read once, as it is sent; one that retires in between is left out, one
         established since is not added, none is sent twice.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def WatchConnections(self, request, context):
+        """All recorded connections that pass the filters, and then each that is
+        established, and that each of them was retired; until the caller ends it.
+
+        A connection is told of once as present or established, and once as retired, in
+        this order. A caller that reads too slowly misses some that were established: how
+        many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+        too many watch already.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -165,6 +185,11 @@ def add_PeerCredentialsServicer_to_server(servicer, server):
                     request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsRequest.FromString,
                     response_serializer=peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsResponse.SerializeToString,
             ),
+            'WatchConnections': grpc.unary_stream_rpc_method_handler(
+                    servicer.WatchConnections,
+                    request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsRequest.FromString,
+                    response_serializer=peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsResponse.SerializeToString,
+            ),
             'GetStatus': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStatus,
                     request_deserializer=peercred_dot_v1_dot_peer__credentials__pb2.GetStatusRequest.FromString,
@@ -192,7 +217,8 @@ class PeerCredentials:
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
     offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
-    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS or
+    TOO_MANY_WATCHERS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -297,6 +323,33 @@ class PeerCredentials:
             '/peercred.v1.PeerCredentials/ListConnections',
             peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsRequest.SerializeToString,
             peercred_dot_v1_dot_peer__credentials__pb2.ListConnectionsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def WatchConnections(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/peercred.v1.PeerCredentials/WatchConnections',
+            peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsRequest.SerializeToString,
+            peercred_dot_v1_dot_peer__credentials__pb2.WatchConnectionsResponse.FromString,
             options,
             channel_credentials,
             insecure,

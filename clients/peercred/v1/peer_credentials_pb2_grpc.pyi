@@ -40,7 +40,8 @@ class PeerCredentialsStub:
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
     offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
-    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS or
+    TOO_MANY_WATCHERS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -66,6 +67,15 @@ class PeerCredentialsStub:
     read once, as it is sent; one that retires in between is left out, one
     established since is not added, none is sent twice.
     """
+    WatchConnections: _grpc.UnaryStreamMultiCallable[_peer_credentials_pb2.WatchConnectionsRequest, _peer_credentials_pb2.WatchConnectionsResponse]
+    """All recorded connections that pass the filters, and then each that is
+    established, and that each of them was retired; until the caller ends it.
+
+    A connection is told of once as present or established, and once as retired, in
+    this order. A caller that reads too slowly misses some that were established: how
+    many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+    too many watch already.
+    """
     GetStatus: _grpc.UnaryUnaryMultiCallable[_peer_credentials_pb2.GetStatusRequest, _peer_credentials_pb2.GetStatusResponse]
     """What runs, since when, how full the tables are and what was dropped."""
     WhoAmI: _grpc.UnaryUnaryMultiCallable[_peer_credentials_pb2.WhoAmIRequest, _peer_credentials_pb2.WhoAmIResponse]
@@ -81,7 +91,8 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
     offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
-    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS or
+    TOO_MANY_WATCHERS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -104,6 +115,15 @@ class PeerCredentialsAsyncStub(PeerCredentialsStub):
     read once, as it is sent; one that retires in between is left out, one
     established since is not added, none is sent twice.
     """
+    WatchConnections: _aio.UnaryStreamMultiCallable[_peer_credentials_pb2.WatchConnectionsRequest, _peer_credentials_pb2.WatchConnectionsResponse]  # type: ignore[assignment]
+    """All recorded connections that pass the filters, and then each that is
+    established, and that each of them was retired; until the caller ends it.
+
+    A connection is told of once as present or established, and once as retired, in
+    this order. A caller that reads too slowly misses some that were established: how
+    many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+    too many watch already.
+    """
     GetStatus: _aio.UnaryUnaryMultiCallable[_peer_credentials_pb2.GetStatusRequest, _peer_credentials_pb2.GetStatusResponse]  # type: ignore[assignment]
     """What runs, since when, how full the tables are and what was dropped."""
     WhoAmI: _aio.UnaryUnaryMultiCallable[_peer_credentials_pb2.WhoAmIRequest, _peer_credentials_pb2.WhoAmIResponse]  # type: ignore[assignment]
@@ -118,7 +138,8 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
     NOT_LOCAL or NOT_VISIBLE; with INVALID_ARGUMENT: INVALID_KEY, KEYS_DISAGREE,
     TOO_MANY_KEYS, NAMESPACE_UNKNOWN or INVALID_FILTER, and its metadata names the
     offending "field"; with UNAVAILABLE: CAPTURE_LOST or SUPERVISOR_SILENT; with
-    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS.
+    UNAUTHENTICATED: CALLER_UNKNOWN; with RESOURCE_EXHAUSTED: TOO_MANY_CALLS or
+    TOO_MANY_WATCHERS.
 
     Who asks over the unix socket learns about every connection. Over loopback TCP
     the daemon looks the caller's own connection up, and who is not one of those
@@ -162,6 +183,21 @@ class PeerCredentialsServicer(metaclass=_abc_1.ABCMeta):
         Snapshot rule: the set of connections is fixed when the call starts. Each is
         read once, as it is sent; one that retires in between is left out, one
         established since is not added, none is sent twice.
+        """
+
+    @_abc_1.abstractmethod
+    def WatchConnections(
+        self,
+        request: _peer_credentials_pb2.WatchConnectionsRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_peer_credentials_pb2.WatchConnectionsResponse], _abc.AsyncIterator[_peer_credentials_pb2.WatchConnectionsResponse]]:
+        """All recorded connections that pass the filters, and then each that is
+        established, and that each of them was retired; until the caller ends it.
+
+        A connection is told of once as present or established, and once as retired, in
+        this order. A caller that reads too slowly misses some that were established: how
+        many is said, and of these nothing else is. Fails with RESOURCE_EXHAUSTED where
+        too many watch already.
         """
 
     @_abc_1.abstractmethod
