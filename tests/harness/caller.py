@@ -20,6 +20,7 @@ _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 
 _channels: dict[str, Any] = {}
 _open_calls: list[Any] = []
 _open_channels: list[Any] = []
+_watching: list[Any] = []
 _clients: dict[str | None, Any] = {}
 
 
@@ -100,6 +101,26 @@ def ask(address: str | None, method: str, *arguments: Any, **named: Any) -> Any:
         return list(answer) if method == "connections" else answer
     except peercred.PeerCredError as error:
         return type(error).__name__, str(error)
+
+
+def begin_watching(address: str) -> list[int]:
+    """Watch with the client library; returns the server sockets' cookies of what is present."""
+    import peercred
+
+    client = _clients[address] = peercred.Client(address, timeout=60)
+    _watching.append(client.watch())
+    present = []
+    for event in _watching[-1]:
+        if event.kind is peercred.EventKind.SYNCHRONIZED:
+            break
+        present.append(event.connection.server_socket_cookie)
+    return present
+
+
+def next_watched() -> tuple[str, int]:
+    """The next event of that: its kind, and the server socket's cookie."""
+    event = next(_watching[-1])
+    return event.kind.value, event.connection.server_socket_cookie
 
 
 def address_of_client() -> str:

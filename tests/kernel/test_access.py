@@ -81,8 +81,8 @@ class Place:
         self.connected: Both[int] = self.client(steps.sockets, V4, None, ())
         self.client(steps.connect, self.connected, self.addresses)
         self.accepted: Both[int] = self.server(steps.accept, listening)
-        self.server_end = self._key(self.server, self.accepted)
-        self.client_end = self._key(self.client, self.connected)
+        self.server_end = self.key(self.server, self.accepted)
+        self.client_end = self.key(self.client, self.connected)
 
     def actor(self, uid: int, groups: tuple[int, ...] = ()) -> Actor:
         """A process in the namespace and the captured cgroup, that can ask."""
@@ -100,7 +100,7 @@ class Place:
         actor(caller.prepare, [str(PROJECT), str(PROJECT / "clients"), *sys.path])
         return actor
 
-    def _key(self, actor: Actor, ends: Both[int]) -> pb.ConnectionKey:
+    def key(self, actor: Actor, ends: Both[int]) -> pb.ConnectionKey:
         with actor.borrow(ends.tcp) as sock:
             return _wire.key_of_socket(sock)
 
@@ -288,6 +288,41 @@ def test_listed_is_what_one_serves_and_everything_to_those_who_see_all(
         assert only.listener.HasField("comm")
     else:
         assert reply == Reply("OK", "", b"", [])
+
+
+@pytest.mark.parametrize("role", [ROOT, LISTENER, CLIENT, STRANGER])
+def test_watched_is_what_one_serves_and_everything_by_those_who_see_all(
+    place: Place, role: str
+) -> None:
+    watcher = place.actor({ROOT: 0, LISTENER: SERVICE, CLIENT: ALICE, STRANGER: BOB}[role])
+    present = watcher(caller.begin_watching, f"127.0.0.1:{PORT}")
+    served = place.server_end.socket_cookie
+    if role == ROOT:
+        assert served in present
+    else:
+        assert present == ([served] if role == LISTENER else [])
+
+    # One of others', and then one of the watcher's own.
+    cookies = []
+    for uid in (DAVE, {ROOT: 0, LISTENER: SERVICE, CLIENT: ALICE, STRANGER: BOB}[role]):
+        server = place.actor(uid)
+        listening = server(steps.bind, V4, 0, ())
+        server(steps.listen, listening)
+        ends = place.client(steps.sockets, V4, None, ())
+        place.client(steps.connect, ends, server(steps.addresses, listening, V4))
+        accepted = server(steps.accept, listening)
+        cookies.append(place.key(server, accepted).socket_cookie)
+        place.client(steps.close, ends)
+        server(steps.close, accepted)
+    others, own = cookies
+    told = [watcher(caller.next_watched)]
+    while ("retired", own) not in told:
+        told.append(watcher(caller.next_watched))
+
+    assert ("established", own) in told
+    assert (("established", others) in told) == (role == ROOT)
+    if role != ROOT:
+        assert {cookie for _, cookie in told} == {own}
 
 
 def test_no_connection_of_others_can_be_told_from_one_that_does_not_exist(place: Place) -> None:
