@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Final
 
 FOUND: Final = "FOUND"
@@ -37,8 +40,13 @@ class Figures:
         self.lookups: Counter[str] = Counter()
         """Keys looked up, by outcome: `FOUND`, or the reason why not."""
         self.calls: dict[str, Durations] = {}
-        """By method: calls that have one answer, from their arrival to that."""
+        """By method: calls that have one answer, from the arrival of their message to that."""
 
-    def of(self, method: str) -> Durations:
-        """The calls of a method."""
-        return self.calls.setdefault(method, Durations())
+    @contextmanager
+    def timing(self, method: str) -> Iterator[None]:
+        """Count how long the answer to a call takes, whatever it is."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.calls.setdefault(method, Durations()).add(time.perf_counter() - began)

@@ -393,13 +393,11 @@ def _unary(
     name = _name(request_type)
 
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
-        began = time.perf_counter()
         try:
             with gate.admit(context, False) as service:
                 request = await _received(data, request_type)
-                answer = method(service, request).SerializeToString()
-                service.figures.of(name).add(time.perf_counter() - began)
-                return answer
+                with service.figures.timing(name):
+                    return method(service, request).SerializeToString()
         except Exception as error:
             await _abort(context, error)
 
@@ -440,14 +438,12 @@ def _merged(
     name = _name(request_type)
 
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
-        began = time.perf_counter()
         try:
             with gate.admit(context, False) as service:
                 pages = method(service, await _received(data, request_type))
-                # By protobuf's encoding, messages one after the other are one merged message.
-                answer = b"".join([page.SerializeToString() async for page in pages])
-                service.figures.of(name).add(time.perf_counter() - began)
-                return answer
+                with service.figures.timing(name):
+                    # By protobuf's encoding, messages one after the other are one merged message.
+                    return b"".join([page.SerializeToString() async for page in pages])
         except Exception as error:
             await _abort(context, error)
 

@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from harness.memory_view import MemoryView, connection
 from peercredd import metrics
-from peercredd.figures import BOUNDS_SECONDS, FOUND, Figures
+from peercredd.figures import BOUNDS_SECONDS, FOUND, Durations, Figures
 from peercredd.listen import ListenError
 
 DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "peercredd.json"
@@ -84,8 +84,9 @@ def test_the_daemons_own_work_is_counted_by_outcome_and_as_a_histogram(
     figures: Figures, port: int
 ) -> None:
     figures.lookups.update([FOUND, FOUND, "NEVER_SEEN"])
+    figures.calls["Lookup"] = Durations()
     for seconds in (0.000_15, 0.001, 7.0):
-        figures.of("Lookup").add(seconds)
+        figures.calls["Lookup"].add(seconds)
 
     values = scraped(port)
 
@@ -159,7 +160,8 @@ def test_the_dashboard_asks_for_nothing_that_is_not_served(
 ) -> None:
     view.counts = {"connect4": (12, 3)}
     figures.lookups[FOUND] += 1
-    figures.of("Lookup").add(0.001)
+    with figures.timing("Lookup"):
+        pass
     dashboard = json.loads(DASHBOARD.read_text())
 
     expressions = [target["expr"] for panel in dashboard["panels"] for target in panel["targets"]]
