@@ -38,9 +38,19 @@ static __always_inline bool is_captured(u64 socket)
 #endif
 }
 
+/* While a new version takes over, its programs and those of the old one are attached. */
+static __always_inline bool is_active(void)
+{
+    int zero = 0;
+    u32 *active = generation.lookup(&zero);
+    return active && *active == GENERATION;
+}
+
 /* NULL for what is not a TCP socket of the capture. */
 static __always_inline void *captured_socket(u64 sock)
 {
+    if (!is_active())
+        return NULL;
     void *socket = tcp_sock_of((void *)sock);
     return socket && is_captured((u64)socket) ? socket : NULL;
 }
@@ -137,7 +147,7 @@ KFUNC_PROBE(tcp_init_transfer)
 KRETFUNC_PROBE(inet_csk_accept)
 {
     void *socket = tcp_sock_of((void *)RESULT(inet_csk_accept));
-    if (socket)
+    if (socket && is_active())
         accept(LOAD(u64, (u64)socket, sock_cookie));
     return 0;
 }
@@ -145,7 +155,7 @@ KRETFUNC_PROBE(inet_csk_accept)
 /* Every captured socket has a cookie. */
 KFUNC_PROBE(tcp_set_state)
 {
-    if ((u32)ARGUMENT(tcp_set_state, state) != TCP_CLOSE_STATE)
+    if ((u32)ARGUMENT(tcp_set_state, state) != TCP_CLOSE_STATE || !is_active())
         return 0;
     void *socket = tcp_sock_of((void *)ARGUMENT(tcp_set_state, sk));
     if (!socket)
@@ -160,7 +170,7 @@ KFUNC_PROBE(tcp_set_state)
 KFUNC_PROBE(tcp_close)
 {
     void *socket = tcp_sock_of((void *)ARGUMENT(tcp_close, sk));
-    if (!socket)
+    if (!socket || !is_active())
         return 0;
     u64 cookie = LOAD(u64, (u64)socket, sock_cookie);
     if (cookie)

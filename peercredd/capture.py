@@ -6,10 +6,13 @@ Only the loader imports this module: BCC brings LLVM into the process.
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import re
 import tempfile
-from collections.abc import Callable, Iterator
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -165,8 +168,14 @@ MAPS = (
     "watched",
     "events",
     "about",
+    "generation",
+    "server_sockets",
+    "connecting",
 )
-"""The maps that user space reads, by their names in bpf/maps.h."""
+"""The maps that outlive the loader, by their names in bpf/maps.h."""
+
+REASON_LENGTH = 500
+"""Characters, of a reason that has to fit into `records.ABOUT_SIZE`."""
 
 _UNLIMITED = 2**31 - 1
 
@@ -266,12 +275,31 @@ def source_text(sources: Path, name: str) -> str:
     return "\n".join(lines)
 
 
+def layout(max_connections: int, max_pending: int) -> str:
+    """Tells captures apart of which one cannot go on with the maps of the other."""
+    digest = hashlib.sha256(f"{max_connections} {max_pending}".encode())
+    for name in ("records.h", "maps.h"):
+        text = (source_folder() / name).read_text()
+        digest.update("".join(re.sub(r"/\*.*?\*/", "", text, flags=re.DOTALL).split()).encode())
+    return digest.hexdigest()
+
+
+class Running(NamedTuple):
+    """What is taken over of a running capture."""
+
+    maps: Path
+    """The folder where they are pinned."""
+    generation: int
+    """Of the programs that record."""
+
+
 def load(
     hook_set: str,
     max_connections: int,
     max_pending: int,
     cgroup: Path | None = None,
     max_percent_per_user: int = 100,
+    running: Running | None = None,
 ) -> Capture:
     """Compile a hook set and have the kernel verify it; attaches nothing.
 
@@ -282,6 +310,7 @@ def load(
         cgroup: bounds `trace` to the sockets of this cgroup and of those below;
             `cgroup` is bounded by where it is attached.
         max_percent_per_user: how much of each room one user may take.
+        running: whose maps to use instead of new ones; it has to have the same `layout`.
 
     Raises:
         KernelError: BCC or headers are missing, the kernel lacks something that is
@@ -292,6 +321,9 @@ def load(
         f"-DMAX_CONNECTIONS={max_connections}",
         f"-DMAX_PENDING={max_pending}",
     ]
+    if running:
+        flags.append(f"-DTAKEN_OVER={json.dumps(str(running.maps))}")
+    flags.append(f"-DGENERATION={running.generation + 1 if running else 0}")
     connections = records.share(max_connections, max_percent_per_user)
     for name, share in (
         ("CONNECTIONS", connections),
@@ -323,8 +355,19 @@ def load(
                 so_peercred = _verified(bcc, hooks.SO_PEERCRED, messages)
             except Refused as refused:
                 why_no_so_peercred = str(refused.strerror)
-    maps = {name: bcc[name.encode()].map_fd for name in MAPS}
+    maps = {name: _map(bcc, name) for name in MAPS}
     return Capture(loaded, maps, missing, so_peercred, why_no_so_peercred, bcc)
+
+
+def about(loaded: Capture, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What a loader says of a capture that it has loaded with these settings."""
+    return {
+        "layout": layout(settings["max_connections"], settings["max_pending"]),
+        "programs": [program.name for program in loaded.programs],
+        "missing_fields": loaded.missing_fields,
+        "max_percent_per_user": settings["max_percent_per_user"],
+        "so_peercred": textwrap.shorten(loaded.why_no_so_peercred, REASON_LENGTH),
+    }
 
 
 def _so_peercred_macros(types: KernelTypes) -> tuple[list[str], str]:
@@ -380,6 +423,12 @@ def _verified(bcc: Any, program: hooks.Program | hooks.Traced, messages: Callabl
     except Exception as error:
         raise Refused(f"the kernel refuses {program.name}", messages()) from error
     return int(function.fd)
+
+
+def _map(bcc: Any, name: str) -> int:
+    from bcc import lib
+
+    return int(lib.bpf_table_fd(bcc.module, name.encode()))
 
 
 def _probe_name(bcc: Any, function: str) -> bytes:

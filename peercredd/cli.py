@@ -324,7 +324,7 @@ class _Target(click.ParamType[str]):
 @contextmanager
 def _opt_in(load: Load) -> Iterator[OptIn]:
     """What is asked for and attached in the capture that the configuration names."""
-    from peercredd import loader, mounts, pins, preflight
+    from peercredd import about, mounts, pins, preflight
     from peercredd.libbpf import KernelError
     from peercredd.so_peercred import OptIn, OptInError
 
@@ -334,10 +334,10 @@ def _opt_in(load: Load) -> Iterator[OptIn]:
     pin_dir = Path(options.capture.pin_dir)
     try:
         if running := pins.capture(pin_dir):
-            about = loader.read_about(running / pins.MAPS)
-            if "so_peercred" not in about:
+            said = about.read(running / pins.MAPS)
+            if "so_peercred" not in said:
                 raise _Failure("the capture is an older peercredd's; restart the daemon")
-            covered, why_impossible = Path(about["cgroup"]), about["so_peercred"]
+            covered, why_impossible = Path(said["cgroup"]), said["so_peercred"]
         else:
             covered, why_impossible = mounts.cgroup_directory(options.capture.cgroup), ""
         wanted = options.so_peercred

@@ -120,7 +120,7 @@ async def _live(config: Config, cgroup: Path) -> None:
                         loader, "loader", defaults.LOADER_TIMEOUT_SECONDS
                     )
                 loaded = json.loads(output)
-                ends_capture = not loaded["adopted"]
+                ends_capture = loaded["capture"] == "begun"
                 about = loaded["about"]
                 _warn(loaded)
                 opt_in = OptIn(
@@ -141,7 +141,7 @@ async def _live(config: Config, cgroup: Path) -> None:
                             not_in_use=about["unused_hook_sets"],
                             cgroup=str(cgroup),
                             pins=capture.pin_dir,
-                            capture="found running" if loaded["adopted"] else "begun",
+                            capture=loaded["capture"],
                             server_pid=supervisor.server_pid,
                             seconds_to_first_answer=round(_age_seconds(), 2),
                         )
@@ -160,7 +160,13 @@ async def _live(config: Config, cgroup: Path) -> None:
 def _warn(loaded: dict[str, Any]) -> None:
     """Say what an administrator should look at in what the loader did."""
     about = loaded["about"]
-    if not loaded["adopted"] and (missing := about["missing_fields"]):
+    if why_not := loaded.get("lost"):
+        log.warning(
+            "the capture that was found running could not be taken over: its connections are "
+            "answered with OLDER_THAN_CAPTURE",
+            reason=why_not,
+        )
+    if loaded["capture"] != "found running" and (missing := about["missing_fields"]):
         log.warning("this kernel does not provide all of the credentials", missing=missing)
     if about["hook_set"] == "trace" and (objection := preemption.why_not_to_trace()):
         log.warning(f"{objection}; use --hooks cgroup")

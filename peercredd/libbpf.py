@@ -126,6 +126,11 @@ def attach_to_function(program: int, function: str) -> int:
     return check(library().bpf_raw_tracepoint_open(None, program), f"attach to {function}()")
 
 
+def replace_program(link: int, program: int) -> None:
+    """Let a cgroup's link run another program from now on: each event meets one of the two."""
+    check(library().bpf_link_update(link, program, None), "replace an attached program")
+
+
 def detach_link(link: int) -> None:
     """Undo an attachment now, whoever else holds the link.
 

@@ -22,21 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peercredd import capture, hooks, namespaces, older, pins, preemption, trial
-from peercredd.libbpf import (
-    KernelError,
-    Map,
-    attach_to_function,
-    get_pinned,
-    link_cgroup_id,
-    pin,
-)
-from peercredd.records import ABOUT_SIZE
+from peercredd import about, capture, hooks, namespaces, older, pins, preemption, takeover, trial
+from peercredd.libbpf import KernelError, Map, attach_to_function, pin
 
-_ABOUT_KEY = bytes(4)
 _PR_SET_PDEATHSIG = 1
-_REASON_LENGTH = 500
-"""Characters, of a reason that has to fit into `ABOUT_SIZE`."""
 
 
 def main(arguments: list[str]) -> int:
@@ -77,7 +66,7 @@ def dry_run(hook_set: str) -> dict[str, Any]:
 
 
 def start(settings: dict[str, Any]) -> dict[str, Any]:
-    """Adopt the running capture if it is what `settings` ask for, else replace it.
+    """Go on with the running capture if that can be what `settings` ask for, else begin one.
 
     Raises:
         OSError: it could not be loaded or attached, or older connections not be listed.
@@ -86,31 +75,38 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     pin_dir = Path(settings["pin_dir"])
     cgroup = Path(settings["cgroup"])
     fingerprint = _fingerprint(settings, cgroup)
-    pins.clean(pin_dir, keep_capture=True)
-    if about := _running(pin_dir, fingerprint, cgroup):
-        return {"adopted": True, "about": about}
+    why_not = ""
+    if running := pins.capture(pin_dir):
+        try:
+            if said := _adoptable(running, fingerprint, cgroup):
+                return {"capture": "found running", "about": said}
+            said = takeover.take_over(running, settings, cgroup, fingerprint)
+        except takeover.NotPossible as reason:
+            why_not = str(reason)
+        else:
+            return {"capture": "taken over", "about": said}
+        finally:
+            # Not before: of a takeover that was cut off these may be what captures.
+            pins.clean(pin_dir, keep_capture=True)
     pins.clean(pin_dir)
 
     try:
         loaded, staged, hook_sets = _first_that_works(settings, cgroup, pin_dir)
         learnt = older.learn(Map(loaded.maps["older"]))
-        about = {
+        said = {
             "fingerprint": fingerprint,
             **hook_sets,
+            **capture.about(loaded, settings),
             "cgroup": str(cgroup),
+            "cgroup_id": cgroup.stat().st_ino,
             "started_ns": time.clock_gettime_ns(time.CLOCK_BOOTTIME),
-            "missing_fields": loaded.missing_fields,
-            "max_percent_per_user": settings["max_percent_per_user"],
-            "so_peercred": textwrap.shorten(loaded.why_no_so_peercred, _REASON_LENGTH),
         }
-        Map(loaded.maps["about"]).update(
-            _ABOUT_KEY, json.dumps(about).encode().ljust(ABOUT_SIZE, b"\0")
-        )
+        about.write(loaded.maps["about"], said)
         pins.publish(staged)
     except BaseException:
         pins.clean(pin_dir)
         raise
-    return {"adopted": False, "about": about, "older": learnt}
+    return {"capture": "begun", "about": said, "older": learnt, "lost": why_not}
 
 
 def _first_that_works(
@@ -142,7 +138,7 @@ def _first_that_works(
             pins.clean(pin_dir)
             if asked != "auto":
                 raise
-            failed[hook_set] = textwrap.shorten(str(error.strerror), _REASON_LENGTH)
+            failed[hook_set] = textwrap.shorten(str(error.strerror), capture.REASON_LENGTH)
         else:
             why = "is preferred" if asked == "auto" else "was asked for"
             others = {
@@ -173,42 +169,17 @@ def attach(loaded: capture.Capture, cgroup: Path, staged: Path) -> None:
     trial.run(loaded.programs)
 
 
-def read_about(maps: Path) -> dict[str, Any]:
-    """What the loader of a capture said of it.
-
-    Raises:
-        KernelError: the map is not there.
-        ValueError: it has not been written.
-    """
-    text = Map.open(maps / "about").lookup(_ABOUT_KEY) or b""
-    about: dict[str, Any] = json.loads(text.rstrip(b"\0"))
-    return about
-
-
-def _running(pin_dir: Path, fingerprint: str, cgroup: Path) -> dict[str, Any] | None:
-    """What is said of the running capture, if that is the one which is asked for."""
-    running = pins.capture(pin_dir)
-    if running is None:
-        return None
+def _adoptable(running: Path, fingerprint: str, cgroup: Path) -> dict[str, Any] | None:
+    """What is said of the running capture, if that is just the one which is asked for."""
     try:
-        about = read_about(running / pins.MAPS)
-        if about["fingerprint"] != fingerprint:
-            return None
-        in_place = [
-            _is_in_place(running / pins.LINKS / program.name, cgroup)
-            for program in hooks.PROGRAMS[about["hook_set"]]
-        ]
+        said = about.read(running / pins.MAPS)
+        if said["fingerprint"] == fingerprint and takeover.is_in_place(
+            running, said["programs"], cgroup
+        ):
+            return said
     except (KernelError, ValueError, KeyError):
-        return None
-    return about if all(in_place) else None
-
-
-def _is_in_place(pinned: Path, cgroup: Path) -> bool:
-    link = get_pinned(pinned)
-    try:
-        return link_cgroup_id(link) in (None, cgroup.stat().st_ino)
-    finally:
-        os.close(link)
+        pass
+    return None
 
 
 def _fingerprint(settings: dict[str, Any], cgroup: Path) -> str:

@@ -141,14 +141,24 @@ def capture(pin_dir: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
-def _dismantle(folder: Path) -> None:
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep out who attaches for SO_PEERCRED on TCP, or wait for its end.
+
+    Raises:
+        KernelError: that takes a minute.
+    """
     directory = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        # Whoever attaches for SO_PEERCRED on TCP holds this lock meanwhile.
         lock(directory, folder)
-        _take_apart(folder)
+        yield
     finally:
         os.close(directory)
+
+
+def _dismantle(folder: Path) -> None:
+    with locked(folder):
+        _take_apart(folder)
 
 
 def _take_apart(folder: Path) -> None:

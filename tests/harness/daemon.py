@@ -37,6 +37,8 @@ class Daemon:
     With a `tcp_port` it serves on loopback TCP too, in its `namespace` if it gets one; and it is
     in the cgroup itself, or it would not know its callers.
 
+    It is this version, or the one that is in `tree`.
+
     Captured sockets answer getsockopt(SO_PEERCRED) too, unless `so_peercred` is false.
 
     Unless options say otherwise it does not sweep: what a test leaves in a table was
@@ -52,6 +54,7 @@ class Daemon:
         so_peercred: bool = True,
         tcp_port: int = 0,
         namespace: NetworkNamespace | None = None,
+        tree: Path | None = None,
     ) -> None:
         assert cgroup or hook_set == "trace"
         self.hook_set = hook_set
@@ -90,7 +93,7 @@ class Daemon:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=os.environ | {"NOTIFY_SOCKET": str(folder / "notify")},
+                env=_environment(tree) | {"NOTIFY_SOCKET": str(folder / "notify")},
                 pass_fds=[namespace.fd] if namespace else [],
             )
         try:
@@ -165,6 +168,12 @@ class Daemon:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _environment(tree: Path | None) -> dict[str, str]:
+    if tree is None:
+        return dict(os.environ)
+    return os.environ | {"PYTHONSAFEPATH": "1", "PYTHONPATH": str(tree)}
 
 
 def _in_cgroup(cgroup: Cgroup) -> list[str]:

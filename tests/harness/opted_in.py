@@ -15,7 +15,7 @@ from uuid import uuid4
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
 from harness.patience import patient
-from peercredd import loader, pins
+from peercredd import about, pins
 from peercredd.so_peercred import OptIn
 
 SETTLE_SECONDS = patient(30)
@@ -101,7 +101,7 @@ class Place:
     def opt_in(self, *configured: str | Path) -> OptIn:
         """What is asked for and attached, in this process."""
         running = pins.capture(self.pin_dir)
-        why_not = loader.read_about(running / pins.MAPS)["so_peercred"] if running else ""
+        why_not = about.read(running / pins.MAPS)["so_peercred"] if running else ""
         targets = [str(target) for target in configured]
         return OptIn(self.pin_dir, self.state, targets, self.cgroup.path, why_not)
 

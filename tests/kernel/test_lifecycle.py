@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import random
 import subprocess
 import sys
 import textwrap
@@ -13,7 +12,6 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from uuid import uuid4
 
 import grpc
 import pytest
@@ -23,12 +21,12 @@ import peercred
 from harness import programs, steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon
 from harness.patience import patient
+from harness.place import Place
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, BOB, SERVICE
-from peercredd import capture, defaults, pins
+from peercredd import capture, pins
 from peercredd.hooks import PROGRAMS
 from peercredd.libbpf import detach_link, get_pinned, library, link_cgroup_id
 
@@ -36,55 +34,6 @@ pytestmark = pytest.mark.kernel
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
-
-
-class Place:
-    """Where captures of one test's own come and go."""
-
-    def __init__(self, cgroup: Cgroup, hook_set: str) -> None:
-        self.cgroup = cgroup
-        self.pin_dir = Path(f"/sys/fs/bpf/peercredd-test-{uuid4().hex[:12]}")
-        self.links = self.pin_dir / pins.CAPTURE / pins.LINKS
-        self.hook_set = hook_set
-        self.programs = [program.name for program in PROGRAMS[hook_set]]
-        # What tells this place's programs from those that others attach meanwhile.
-        self.table_size = random.randrange(1025, 16384)
-        self.settings = {
-            "pin_dir": str(self.pin_dir),
-            "cgroup": str(cgroup.path),
-            "hooks": hook_set,
-            "max_connections": self.table_size,
-            "max_pending": self.table_size,
-            "max_percent_per_user": defaults.MAX_PERCENT_PER_USER,
-        }
-
-    def daemon(self, *options: str) -> Daemon:
-        sizes = (f"--max-connections={self.table_size}", f"--max-pending={self.table_size}")
-        return Daemon(self.cgroup, self.hook_set, *sizes, *options, pin_dir=self.pin_dir)
-
-    def load(self, **settings: object) -> subprocess.CompletedProcess[str]:
-        """Run a loader; the caller holds the pin directory."""
-        return subprocess.run(
-            [
-                *(sys.executable, "-m", "peercredd.loader"),
-                *(json.dumps({**self.settings, **settings}), str(os.getpid())),
-            ],
-            check=False,
-            capture_output=True,
-            text=True,
-        )
-
-    def unload(self) -> None:
-        """Have the daemon's program end the capture that nobody holds."""
-        command = [sys.executable, "-m", "peercredd", "--pin-dir", str(self.pin_dir), "unload"]
-        subprocess.run(command, check=True)
-
-    def assert_attached_once(self, besides: int = 1) -> None:
-        """Each program of the hook set, and what answers SO_PEERCRED: a daemon attaches that."""
-        programs.wait_until_attached(self.table_size, len(self.programs) + besides)
-
-    def assert_nothing_attached(self) -> None:
-        programs.wait_until_attached(self.table_size, 0)
 
 
 def wait_until_it_retries(process: subprocess.Popen[bytes], folder: Path) -> None:
