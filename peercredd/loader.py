@@ -79,15 +79,18 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     if running := pins.capture(pin_dir):
         try:
             if said := _adoptable(running, fingerprint, cgroup):
-                return {"capture": "found running", "about": said}
-            said = takeover.take_over(running, settings, cgroup, fingerprint)
+                how = "found running"
+            else:
+                said = takeover.take_over(running, settings, cgroup, fingerprint)
+                how = "taken over"
         except takeover.NotPossible as reason:
             why_not = str(reason)
-        else:
-            return {"capture": "taken over", "about": said}
-        finally:
-            # Not before: of a takeover that was cut off these may be what captures.
+        except OSError:
             pins.clean(pin_dir, keep_capture=True)
+            raise
+        else:
+            pins.clean_after_takeover(pin_dir)
+            return {"capture": how, "about": said}
     pins.clean(pin_dir)
 
     try:

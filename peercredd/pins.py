@@ -2,7 +2,8 @@
 
 ::
 
-    PIN_DIR/staging-PID/   a loader at work; an orphan if it died
+    PIN_DIR/staging-ID/    a loader at work; an orphan if it died
+    PIN_DIR/taking-over-ID/  the same, since what it has attached may be what captures
     PIN_DIR/capture/       maps/NAME and links/PROGRAM of the running capture,
                            programs/NAME that may be attached besides, and
                            so_peercred/CGROUP, the links of one that is
@@ -32,6 +33,7 @@ PROGRAMS = "programs"
 SO_PEERCRED = "so_peercred"
 PARTS = (SO_PEERCRED, LINKS, PROGRAMS, MAPS)
 _STAGING = "staging-"
+_TAKING_OVER = "taking-over-"
 _LOCK_SECONDS = 60.0
 _LOCK_RETRY_SECONDS = 0.01
 
@@ -99,8 +101,8 @@ def lock(descriptor: int, path: Path) -> None:
 def remove(pin_dir: Path, *, keep_capture: bool = False) -> bool:
     """Detach and unpin whatever is in a pin directory, and remove it.
 
-    With `keep_capture` only what a crashed loader left goes, and the directory
-    if nothing else is in it. The caller holds the directory.
+    With `keep_capture` only what a crashed loader left goes, unless that captures, and the
+    directory if nothing else is in it. The caller holds the directory.
 
     Returns:
         Whether there was anything to remove.
@@ -113,21 +115,28 @@ def remove(pin_dir: Path, *, keep_capture: bool = False) -> bool:
 
 def clean(pin_dir: Path, *, keep_capture: bool = False) -> bool:
     """Do as `remove` does, but leave the directory itself."""
-    found = False
-    for folder in list(pin_dir.iterdir()) if pin_dir.is_dir() else []:
-        if folder.name.startswith(_STAGING) or (folder.name == CAPTURE and not keep_capture):
-            _dismantle(folder)
-            found = True
-    return found
+    return _dismantle_all(
+        pin_dir, (_STAGING,) if keep_capture else (_STAGING, _TAKING_OVER, CAPTURE)
+    )
+
+
+def clean_after_takeover(pin_dir: Path) -> None:
+    """Remove what is left of takeovers, now that the capture has all that captures."""
+    _dismantle_all(pin_dir, (_STAGING, _TAKING_OVER))
 
 
 def stage(pin_dir: Path) -> Path:
     """A new folder to build a capture in."""
-    folder = pin_dir / f"{_STAGING}{os.getpid()}"
+    folder = pin_dir / f"{_STAGING}{os.getpid()}-{time.monotonic_ns()}"
     folder.mkdir(mode=0o700)
     for part in PARTS:
         (folder / part).mkdir(mode=0o700)
     return folder
+
+
+def begin_takeover(staged: Path) -> Path:
+    """Keep a staged folder from now on, whatever becomes of its loader; returns its new place."""
+    return staged.rename(staged.parent / staged.name.replace(_STAGING, _TAKING_OVER))
 
 
 def publish(staged: Path) -> None:
@@ -154,6 +163,15 @@ def locked(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(directory)
+
+
+def _dismantle_all(pin_dir: Path, names: tuple[str, ...]) -> bool:
+    """Those whose names begin so; returns whether there was one."""
+    folders = list(pin_dir.iterdir()) if pin_dir.is_dir() else []
+    found = [folder for folder in folders if folder.name.startswith(names)]
+    for folder in found:
+        _dismantle(folder)
+    return bool(found)
 
 
 def _dismantle(folder: Path) -> None:

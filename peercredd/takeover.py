@@ -84,6 +84,7 @@ def take_over(
         kept = _attach_beside(loaded, cgroup, running, staged)
         trial.run(loaded.programs)
 
+        staged = pins.begin_takeover(staged)
         about.write(loaded.maps["about"], {**said, "fingerprint": ""})
         for path, program in kept.items():
             with _pinned_link(path) as link:
