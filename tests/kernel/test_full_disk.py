@@ -101,8 +101,9 @@ def test_a_start_that_needs_room_fails_in_one_line_and_leaves_nothing(
 def test_answers_go_on_and_what_is_enabled_stays_as_it_was(
     disk: Disk, cgroup: Cgroup, hook_set: str, pin_dir: Path
 ) -> None:
+    daemon = OnDisk(disk, cgroup, hook_set, pin_dir)
     with (
-        OnDisk(disk, cgroup, hook_set, pin_dir) as daemon,
+        daemon,
         Cgroup(cgroup) as one,
         Cgroup(cgroup) as another,
         daemon.client() as client,
