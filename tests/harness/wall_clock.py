@@ -16,8 +16,8 @@ class WallClock:
 
     def __init__(self, folder: Path) -> None:
         library, file = folder / "wall_clock.so", folder / "wall_clock"
-        compile_it = ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", library, _SOURCE, "-ldl"]
-        subprocess.run(compile_it, check=True)
+        compile_it = ["gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", str(library)]
+        subprocess.run([*compile_it, str(_SOURCE), "-ldl"], check=True)
         file.write_bytes(bytes(8))
         self.environment = {"LD_PRELOAD": str(library), "WALL_CLOCK": str(file)}
         self._stream = file.open("r+b")
