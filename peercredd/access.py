@@ -11,7 +11,7 @@ import dataclasses
 import grp
 import pwd
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from enum import Enum
@@ -210,11 +210,8 @@ class Source(Protocol):
     def spend(self, sighting: Sighting, present: int) -> None:
         """Make up for what a sighting took less than the longest one."""
 
-    def server_cookies(self) -> list[int]:
-        """Return the server socket's cookie of every connection."""
-
-    def connection(self, server_cookie: int) -> Connection | None:
-        """Return one connection, None if it has retired."""
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        """Yield all connections, about so many at a time."""
 
     def status(self, *, everything: bool = True) -> StoreStatus:
         """Return what the capture says of itself, or only what tells of nobody it captures."""
@@ -271,14 +268,10 @@ class OwnView:
             self._source.sight_by_tuple(netns_cookie, local, local_port, remote, remote_port)
         )
 
-    def server_cookies(self) -> list[int]:
-        """Return the server socket's cookie of every connection; `connection` leaves out some."""
-        return self._source.server_cookies()
-
-    def connection(self, server_cookie: int) -> Connection | None:
-        """Return one connection, None if it has retired or its server is not the caller's."""
-        connection = self._source.connection(server_cookie)
-        return None if connection is None else self.shown(connection)
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        """Yield the connections whose server is the caller's, at most about so many at a time."""
+        for page in self._source.pages(size):
+            yield [shown for connection in page if (shown := self.shown(connection))]
 
     def shown(self, connection: Connection) -> Connection | None:
         """Return a connection as the caller may see it, None if its server is not the caller's."""

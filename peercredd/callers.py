@@ -33,7 +33,7 @@ MAX_CALLS_PER_USER: Final = 64
 makes the daemon hold 16 MB."""
 
 MAX_LISTS_PER_USER: Final = 2
-"""Of these, ListConnections: each keeps 8 bytes for every connection there is."""
+"""Of these, ListConnections and WatchConnections: each reads every record there is."""
 
 MAX_CONNECTIONS_PER_USER: Final = 64
 """Of users who do not see all: 20 KB each while idle. So many too are allowed to all together of

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 import textwrap
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -443,7 +442,8 @@ def _probe_name(bcc: Any, function: str) -> bytes:
 @contextmanager
 def compiler_messages() -> Iterator[Any]:
     """What clang and the verifier write to standard error meanwhile, as a function."""
-    with tempfile.TemporaryFile() as log:
+    # In memory: a full disk is no reason not to capture.
+    with open(os.memfd_create("messages"), "w+b") as log:
         saved = os.dup(2)
         os.dup2(log.fileno(), 2)
 

@@ -43,7 +43,9 @@ async def start(
             stdout=subprocess.DEVNULL if descriptors else subprocess.PIPE,
             stderr=None if descriptors else subprocess.PIPE,
             pass_fds=descriptors,
-            process_group=0,  # Ctrl-C on a terminal is for the daemon to handle
+            # Ctrl-C on a terminal is for the daemon to handle; and who has the terminal of its
+            # session may type into it (TIOCSTI).
+            start_new_session=True,
         )
     except OSError as error:
         raise ChildError(

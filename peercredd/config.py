@@ -24,8 +24,11 @@ _ABSOLUTE = r"/[^\x00-\x1f\ud800-\udfff]*"
 
 _ACCOUNT = r"\A[^\s:/\x00]+\Z"
 """The name of a user or group."""
-_IPV4 = r"[0-9]{1,3}(\.[0-9]{1,3}){3}"
-_PORT = r"[1-9][0-9]{0,4}"
+_OCTET = "(25[0-5]|2[0-4][0-9]|1[0-9]{2}|[1-9]?[0-9])"
+_IPV4 = rf"{_OCTET}(\.{_OCTET}){{3}}"
+_PORT = "([1-9][0-9]{0,3}|[1-5][0-9]{4}|6([0-4][0-9]{3}|5([0-4][0-9]{2}|5([0-2][0-9]|3[0-5]))))"
+_LONGEST_FILE = 1 << 20
+"""Bytes. The file with every option and its comment has 6,000."""
 
 
 def _option(
@@ -348,7 +351,7 @@ def _read(path: Path, *, may_be_missing: bool) -> Iterator[tuple[str, Any]]:
     """Yield key and unchecked value of every option that the file sets."""
     try:
         with path.open("rb") as stream:
-            document = tomllib.load(stream)
+            text = stream.read(_LONGEST_FILE + 1)
     except FileNotFoundError:
         if may_be_missing:
             return
@@ -357,6 +360,10 @@ def _read(path: Path, *, may_be_missing: bool) -> Iterator[tuple[str, Any]]:
         raise ConfigError(
             f"{path}: cannot be read: {error.strerror}; mend that, or name another with --config"
         ) from error
+    if len(text) > _LONGEST_FILE:
+        raise ConfigError(f"{path}: longer than a megabyte; name a configuration with --config")
+    try:
+        document = tomllib.loads(text.decode())
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 at byte {error.start}; TOML has to be") from error
     except tomllib.TOMLDecodeError as error:

@@ -92,12 +92,6 @@ async def _until_signalled(config: Config, cgroup: Path) -> None:
 async def _live(config: Config, cgroup: Path) -> None:
     capture, api = config.capture, config.api
     pin_dir = Path(capture.pin_dir)
-    policy = Policy.of(
-        api.group,
-        config.access.users,
-        config.access.groups,
-        listener_details=config.access.listener_details,
-    )
     loading = children.start(
         "peercredd.loader",
         {
@@ -112,6 +106,12 @@ async def _live(config: Config, cgroup: Path) -> None:
     # Until it serves, a daemon that fails takes away no more than it has brought.
     ends_capture = False
     try:
+        policy = Policy.of(
+            api.group,
+            config.access.users,
+            config.access.groups,
+            listener_details=config.access.listener_details,
+        )
         with UnixSocket(Path(api.socket), api.group) as unix_socket:
             async with Supervisor(config, policy, unix_socket, _watchdog()) as supervisor:
                 async with loading as loader:

@@ -290,6 +290,11 @@ class Map:
                 strict=True,
             )
 
+    def pages(self, size: int) -> Iterator[list[bytes]]:
+        """The values of all entries that are there throughout, about so many at a time."""
+        for _, values, count in self._batches(size):
+            yield list(_slices(values, self.value_size, count))
+
     def count(self) -> int:
         """Number of entries, counted: the kernel keeps no figure."""
         return sum(count for _, _, count in self._batches(1024))
@@ -347,8 +352,8 @@ _Sample = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, ctype
 class RingBuffer:
     """What BPF programs write into a ring buffer, in their order; one reader at a time."""
 
-    LIMIT = 1024
-    """Who writes on and on must not keep the reader for ever."""
+    LIMIT = 128
+    """Who writes on and on must not keep the reader for ever, nor for long."""
 
     def __init__(self, file_descriptor: int) -> None:
         """Map the buffer of a descriptor, which stays the caller's.

@@ -9,8 +9,9 @@ import itertools
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from socketserver import TCPServer, ThreadingMixIn
 from typing import Any, Final, Protocol
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer
@@ -34,7 +35,10 @@ MAX_SCRAPES: Final = 8
 """At the same time; who comes beyond it is hung up on."""
 
 SCRAPE_SECONDS: Final = 10
-"""How long nothing may come from somebody who scrapes."""
+"""How long a request may take to come."""
+
+REST: Final = 9
+"""Between two measurements, as many times as long as the one before took."""
 
 
 class Source(Protocol):
@@ -51,14 +55,33 @@ class Source(Protocol):
 
 
 class Measured(Collector):
-    """All figures, as they are when they are asked for."""
+    """All figures, as they are when they are asked for.
+
+    To count what the tables have takes long if that is much, and the server answers slower
+    meanwhile. So all who ask at a time get the same figures, and most of the time is nobody's.
+    """
 
     def __init__(self, source: Source, figures: Figures) -> None:
         self._source = source
         self._figures = figures
+        self._measuring = threading.Lock()
+        self._measured: list[Metric] = []
+        self._begun = self._next = 0.0
 
     def collect(self) -> Iterator[Metric]:
         """Yield every metric; those that the kernel does not give are left out."""
+        asked = time.monotonic()
+        with self._measuring:
+            if self._begun < asked:
+                time.sleep(max(0.0, self._next - time.monotonic()))
+                begun = time.monotonic()
+                self._measured = list(self._measure())
+                self._begun, now = begun, time.monotonic()
+                self._next = now + REST * (now - begun)
+            measured = self._measured
+        yield from measured
+
+    def _measure(self) -> Iterator[Metric]:
         status = self._source.status()
         yield InfoMetricFamily(
             "peercredd_build",
@@ -177,8 +200,32 @@ def serving(host: str, port: int, measured: Measured) -> Iterator[int]:
 class _Handler(WSGIRequestHandler):
     timeout = SCRAPE_SECONDS
 
+    def setup(self) -> None:
+        """Give the whole request a time; `timeout` is for each part of it, however short."""
+        super().setup()
+        self._too_slow = threading.Timer(SCRAPE_SECONDS, _hang_up, (self.connection,))
+        self._too_slow.daemon = True
+        self._too_slow.start()
+
+    def parse_request(self) -> bool:
+        """Parse, when it has come."""
+        try:
+            return super().parse_request()
+        finally:
+            self._too_slow.cancel()
+
+    def finish(self) -> None:
+        """Be done with it, whatever has come."""
+        self._too_slow.cancel()
+        super().finish()
+
     def log_message(self, format: str, *arguments: Any) -> None:  # noqa: A002 - its base's name
         """Log nothing: strangers choose what is asked."""
+
+
+def _hang_up(connection: socket.socket) -> None:
+    with suppress(OSError):
+        connection.shutdown(socket.SHUT_RDWR)
 
 
 class _Server(ThreadingMixIn, WSGIServer):

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import pwd
 import signal
+import socket
 import struct
+import termios
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -51,14 +54,13 @@ _CLONE_THREAD: Final = 0x00010000
 _ALLOWED_CALLS: Final = (
     # reading and writing what is open
     *("read", "readv", "pread64", "write", "writev", "pwrite64", "lseek", "close", "close_range"),
-    *("fcntl", "dup", "dup2", "dup3", "ioctl", "pipe2", "fsync"),
+    *("dup", "dup2", "dup3", "pipe2", "fsync"),
     # files: which of them, their owners and modes decide
     *("open", "openat", "stat", "fstat", "lstat", "newfstatat", "statx", "readlink", "readlinkat"),
     *("access", "faccessat", "faccessat2", "getdents64", "getcwd", "unlink", "unlinkat"),
-    # sockets; none of connect(2), as it has nobody to call
-    *("socket", "socketpair", "bind", "listen", "accept", "accept4", "shutdown"),
-    *("getsockname", "getpeername", "getsockopt", "setsockopt"),
-    *("recvfrom", "recvmsg", "recvmmsg", "sendto", "sendmsg", "sendmmsg"),
+    # sockets; neither connect(2), as it has nobody to call, nor listen(2), as it does so already
+    *("bind", "accept", "accept4", "shutdown"),
+    *("getsockname", "getpeername", "getsockopt", "setsockopt", "recvfrom", "recvmsg"),
     # waiting
     *("poll", "ppoll", "select", "pselect6", "epoll_create1", "epoll_ctl", "epoll_wait"),
     *("epoll_pwait", "epoll_pwait2", "eventfd2", "timerfd_create", "timerfd_settime"),
@@ -76,6 +78,16 @@ _ALLOWED_CALLS: Final = (
     *("getrlimit", "getrusage", "sysinfo", "times", "uname", "getrandom"),
     *("clock_gettime", "clock_getres", "gettimeofday", "time"),
 )
+
+# What a terminal is not told by: TIOCSTI would type into that of the administrator.
+_IOCTLS: Final = (termios.FIONBIO, termios.FIONREAD, termios.FIOCLEX, termios.TCGETS)
+# Not F_SETOWN and F_SETSIG, which send signals.
+_FCNTL_COMMANDS: Final = (
+    *(fcntl.F_DUPFD, fcntl.F_DUPFD_CLOEXEC, fcntl.F_GETFD, fcntl.F_SETFD),
+    *(fcntl.F_GETFL, fcntl.F_SETFL),
+)
+_INT: Final = 0xFFFFFFFF
+_SOCKET_FLAGS: Final = socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
 
 _libc: Final = ctypes.CDLL(None, use_errno=True)
 
@@ -220,8 +232,30 @@ def filter_system_calls() -> str | None:
             # Of names, a library or a processor may not know some.
             if seccomp.resolve_syscall(seccomp.Arch(), name) >= 0:
                 calls.add_rule(seccomp.ALLOW, name)
-        for command in _BPF_COMMANDS.values():
-            calls.add_rule(seccomp.ALLOW, "bpf", seccomp.Arg(0, seccomp.EQ, command))
+        for request in _IOCTLS:
+            calls.add_rule(seccomp.ALLOW, "ioctl", seccomp.Arg(1, seccomp.EQ, request))
+        for command in _FCNTL_COMMANDS:
+            calls.add_rule(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
+        for family in (socket.AF_INET, socket.AF_INET6):
+            # To see whether an address is the host's. Over AF_UNIX it could hand on what it holds.
+            calls.add_rule(
+                seccomp.ALLOW,
+                "socket",
+                seccomp.Arg(0, seccomp.EQ, family),
+                seccomp.Arg(1, seccomp.MASKED_EQ, _INT & ~_SOCKET_FLAGS, socket.SOCK_DGRAM),
+                seccomp.Arg(2, seccomp.EQ, 0),
+            )
+        # Fast Open is a connect(2) by another name.
+        connects_not = seccomp.MASKED_EQ, socket.MSG_FASTOPEN, 0
+        calls.add_rule(
+            seccomp.ALLOW,
+            "sendto",
+            seccomp.Arg(3, *connects_not),
+            seccomp.Arg(4, seccomp.EQ, 0),  # to whom it is connected
+        )
+        calls.add_rule(seccomp.ALLOW, "sendmsg", seccomp.Arg(2, *connects_not))
+        for number in _BPF_COMMANDS.values():
+            calls.add_rule(seccomp.ALLOW, "bpf", seccomp.Arg(0, seccomp.EQ, number))
         # A thread, and no process: none can outlive the server.
         threads = seccomp.Arg(0, seccomp.MASKED_EQ, _CLONE_NEW | _CLONE_THREAD, _CLONE_THREAD)
         calls.add_rule(seccomp.ALLOW, "clone", threads)

@@ -11,7 +11,6 @@ import errno
 import functools
 import os
 import socket
-from array import array
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
@@ -81,11 +80,8 @@ class View(Protocol):
     ) -> Answer | Reason:
         """Find the other end of the newest connection between two endpoints."""
 
-    def server_cookies(self) -> list[int]:
-        """Return the server socket's cookie of every connection."""
-
-    def connection(self, server_cookie: int) -> Connection | None:
-        """Return one connection, None if it has retired."""
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        """Yield all connections, about so many at a time."""
 
     def shown(self, connection: Connection) -> Connection | None:
         """Return a connection as the callers may see it, None if they may not."""
@@ -184,14 +180,10 @@ class PeerCredentialsService:
         A page may be empty, then there is nothing to send.
         """
         passes = _filter(request)
-        # A slow reader holds this for as long as it likes: 8 bytes a connection, not 40.
-        cookies = array("Q", self._view.server_cookies())
-        for start in range(0, len(cookies), PAGE):
+        for found in self._view.pages(PAGE):
             page = pb.ListConnectionsResponse()
-            for cookie in cookies[start : start + PAGE]:
-                connection = self._view.connection(cookie)
-                if connection is not None and passes(connection):
-                    encode.connection(page.connections.add(), connection)
+            for connection in filter(passes, found):
+                encode.connection(page.connections.add(), connection)
             yield page
 
     def shown(

@@ -6,7 +6,7 @@ import json
 import os
 import struct
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from enum import Enum
 from pathlib import Path
@@ -271,14 +271,14 @@ class Store:
         if data and not sighting.connection:
             records.whole_connection(data)
 
-    def server_cookies(self) -> list[int]:
-        """The cookies of all server sockets that have a record now."""
-        return [_COOKIE.unpack(key)[0] for key in self._connections.keys()]  # noqa: SIM118
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        """All connections that are there throughout, about so many at a time."""
+        for page in self._connections.pages(size):
+            yield [found for data in page if (found := records.connection(data))]
 
-    def connection(self, server_cookie: int) -> Connection | None:
-        """The record of one server socket, if it has one."""
-        data = self._connections.lookup(_COOKIE.pack(server_cookie))
-        return records.connection(data) if data else None
+    def has_connection(self, server_cookie: int) -> bool:
+        """Whether a server socket has a record."""
+        return self._connections.lookup(_COOKIE.pack(server_cookie)) is not None
 
     def shown(self, connection: Connection) -> Connection:
         """A connection as those may see it who see all: whole."""

@@ -44,11 +44,11 @@ Shown = Callable[[Connection], Connection | None]
 class Source(Protocol):
     """What is told of; the Store is one."""
 
-    def server_cookies(self) -> list[int]:
-        """Return the server socket's cookie of every connection."""
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        """Yield all connections, about so many at a time."""
 
-    def connection(self, server_cookie: int) -> Connection | None:
-        """Return one connection, None if it has retired."""
+    def has_connection(self, server_cookie: int) -> bool:
+        """Return whether a server socket has a record."""
 
     def events_lost(self) -> int:
         """Return how many events the programs found no room for."""
@@ -75,6 +75,7 @@ class Hub:
         self._events = events
         self._watchers: set[_Watcher] = set()
         self._reconciling: asyncio.Task[None] | None = None
+        self._turn = asyncio.Lock()
         self._lost = 0
 
     async def watch(
@@ -89,15 +90,15 @@ class Hub:
         """
         with self._joined(_Watcher(shown, sees_all)) as watcher:
             # What happens from here on waits in the watcher's queue.
-            cookies = self._source.server_cookies()
-            for start in range(0, len(cookies), PAGE):
+            for found in self._source.pages(PAGE):
                 page = pb.WatchConnectionsResponse()
-                for connection in map(self._source.connection, cookies[start : start + PAGE]):
-                    if connection is not None and (news := watcher.news(connection)):
+                for connection in found:
+                    if news := watcher.news(connection):
                         encode.connection(page.events.add().present, news)
                 if page.events:
                     yield page
-                else:
+                # One page of all who begin to watch, then everybody else has the event loop.
+                async with self._turn:
                     await asyncio.sleep(0)
             yield pb.WatchConnectionsResponse(synchronized=True)
             while True:
@@ -150,26 +151,29 @@ class Hub:
         while True:
             await asyncio.sleep(RECONCILE_SECONDS)
             try:
-                self.reconcile()
+                await self.reconcile()
             except KernelError as error:
                 log.warning("watchers may miss what was retired", reason=error.strerror)
 
-    def reconcile(self) -> None:
+    async def reconcile(self) -> None:
         """Tell what no program has told, or found no room to tell.
 
         Raises:
             KernelError: the kernel gives no answer.
         """
         lost = self._source.events_lost()
-        # First what was told: who is not live then was known to be.
-        self._tell()
-        live = set(self._source.server_cookies())
+        known: set[int] = set()
         for watcher in self._watchers:
             missed = lost - self._lost
             watcher.has_missed(missed if watcher.sees_all else min(missed, 1))
-            for cookie in watcher.known - live:
-                watcher.tell(cookie)
+            known |= watcher.known
         self._lost = lost
+        for number, cookie in enumerate(known, 1):
+            if not self._source.has_connection(cookie):
+                for watcher in self._watchers:
+                    watcher.tell(cookie)
+            if number % PAGE == 0:
+                await asyncio.sleep(0)
 
 
 class _Watcher:

@@ -1,7 +1,7 @@
 """A capture held in memory: what the service answers from, without a kernel."""
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from peercredd.records import (
     HAS_AUDIT_SESSION_ID,
@@ -146,11 +146,14 @@ class MemoryView:
     def spend(self, sighting: Sighting, present: int) -> None:
         self.spent += 1
 
-    def server_cookies(self) -> list[int]:
-        return list(self.connections)
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        cookies = list(self.connections)
+        for start in range(0, len(cookies), size):
+            page = cookies[start : start + size]
+            yield [self.connections[each] for each in page if each in self.connections]
 
-    def connection(self, server_cookie: int) -> Connection | None:
-        return self.connections.get(server_cookie)
+    def has_connection(self, server_cookie: int) -> bool:
+        return server_cookie in self.connections
 
     def shown(self, connection: Connection) -> Connection:
         return connection

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import NamedTuple
+from uuid import uuid4
 
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -614,11 +615,13 @@ def test_a_port_that_is_taken_is_not_shared_and_is_said_in_one_line(
 def test_a_user_that_does_not_exist_keeps_the_daemon_from_starting(
     cgroup: Cgroup, hook_set: str
 ) -> None:
+    pin_dir = Path(f"/sys/fs/bpf/peercredd-test-{uuid4().hex[:12]}")
     with pytest.raises(RuntimeError) as caught:
-        Daemon(cgroup, hook_set, "--access-user", "no-such-user")
+        Daemon(cgroup, hook_set, "--access-user", "no-such-user", pin_dir=pin_dir)
 
     assert "access.users: there is no user 'no-such-user'; create it" in str(caught.value)
     assert "Traceback" not in str(caught.value)
+    assert not pin_dir.exists()
 
 
 def test_nobody_can_share_the_port_not_even_root(place: Place) -> None:

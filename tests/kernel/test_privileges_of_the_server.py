@@ -74,6 +74,12 @@ def test_no_process_of_the_same_user_may_look_into_the_server(server: int) -> No
     assert Path(f"/proc/{server}/environ").stat().st_uid == 0
 
 
+def test_no_child_of_the_daemons_can_type_into_its_terminal(daemon: Daemon, server: int) -> None:
+    # TIOCSTI is for those of the session that the terminal controls.
+    assert os.getsid(server) == server
+    assert os.getsid(daemon.process.pid) != server
+
+
 @contextmanager
 def descriptors(pid: int, of: str) -> Iterator[list[int]]:
     """Those of another process that are of a kind, as our own."""

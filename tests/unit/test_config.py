@@ -124,6 +124,17 @@ def test_a_flag_can_take_back_what_the_file_switches_on(tmp_path: Path) -> None:
         ),
         ("so_peercred.cgroups = [1]", "so_peercred.cgroups: [1] is not a list of targets, each"),
         ("log.level = 2026-11-23", "log.level: datetime.date(2026, 11, 23) is not debug, info,"),
+        *(
+            (f'metrics.address = "{address}"', f"metrics.address: '{address}' is not an address")
+            for address in (
+                "127.0.0.1",
+                "127.0.0.1:65536",
+                "127.0.0.1:0",
+                "127.0.0.256:1",
+                "::1:1",
+                "host:1",
+            )
+        ),
         ("log = 1", "log: has to be a table, written [log]"),
         ("[[log]]", "log: has to be a table, written [log]"),
     ],
@@ -173,6 +184,16 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
 
 def test_a_long_value_is_not_repeated_whole(tmp_path: Path) -> None:
     assert len(refusal(tmp_path, f'log.level = "{"x" * 100_000}"')) < 300
+
+
+@pytest.mark.parametrize("address", ["0.0.0.0:1", "255.10.199.9:65535", "[::1]:59999", ""])
+def test_metrics_may_be_served_at_every_address_and_port(address: str) -> None:
+    assert load(None, {"metrics.address": address}).config.metrics.address == address
+
+
+def test_a_file_without_end_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^/dev/zero: longer than a megabyte"):
+        load(Path("/dev/zero"), {})
 
 
 def test_a_named_file_that_is_missing_is_refused(tmp_path: Path) -> None:

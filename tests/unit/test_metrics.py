@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import socket
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import ExitStack, suppress
@@ -14,9 +15,11 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from harness.memory_view import MemoryView, connection
+from harness.patience import patient
 from peercredd import metrics
 from peercredd.figures import BOUNDS_SECONDS, FOUND, Durations, Figures
 from peercredd.listen import ListenError
+from peercredd.store import Totals
 
 DASHBOARD = Path(__file__).parents[2] / "packaging" / "grafana" / "peercredd.json"
 Labels = tuple[tuple[str, str], ...]
@@ -124,6 +127,63 @@ def test_who_comes_beyond_the_limit_is_hung_up_on_and_the_next_one_served(port: 
         with suppress(OSError):
             assert scraped(port)["peercredd_build_info"]
             return
+
+
+def test_who_sends_a_request_bit_by_bit_is_hung_up_on(
+    view: MemoryView, figures: Figures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metrics, "SCRAPE_SECONDS", 0.2)
+    with (
+        metrics.serving("127.0.0.1", 0, metrics.Measured(view, figures)) as port,
+        socket.create_connection(("127.0.0.1", port)) as slow,
+    ):
+        slow.settimeout(0.01)
+        slow.sendall(b"GET /")
+        deadline = time.monotonic() + patient(30)
+        while True:
+            assert time.monotonic() < deadline, "it may take for ever"
+            try:
+                slow.sendall(b"x")
+                if slow.recv(1) == b"":
+                    return
+            except TimeoutError:
+                continue
+            except ConnectionError:
+                return
+
+
+class Clock:
+    """A clock that goes while something is done, and counts for how long one slept."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+        self.slept: list[float] = []
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += seconds
+
+
+def test_who_scrapes_without_end_leaves_most_of_the_time_to_callers(
+    figures: Figures, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = Clock()
+    monkeypatch.setattr(metrics, "time", clock)
+
+    class Large(MemoryView):
+        def totals(self) -> Totals:
+            clock.now += 2.0
+            return super().totals()
+
+    measured = metrics.Measured(Large(connection(10)), figures)
+    for _ in range(3):
+        assert list(measured.collect())
+        clock.now += 1.0
+
+    assert clock.slept == [0, 2.0 * metrics.REST - 1.0, 2.0 * metrics.REST - 1.0]
 
 
 @pytest.mark.parametrize("garbage", [b"\xff\x00\r\n\r\n", b"GET " + b"/" * 70_000 + b"\r\n\r\n"])

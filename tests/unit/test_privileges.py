@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import pty
 import pwd
 import socket
 import subprocess
 import sys
+import termios
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -131,17 +134,14 @@ def refused(call: Callable[[], object]) -> bool:
 
 def test_the_filter_leaves_what_the_server_does_and_no_more() -> None:
     def child() -> None:
+        listener, client = socket.create_server(("127.0.0.1", 0)), socket.socket()
         privileges.forgo()
         running: list[str] = []
         with_second_thread(running.append)
         assert privileges.filter_system_calls() is None
         with_second_thread(running.append)
         assert len(running) == 2
-        with socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            listener.listen()
-            with socket.socket() as client:
-                assert refused(lambda: client.connect(listener.getsockname()))
+        assert refused(lambda: client.connect(listener.getsockname()))
         assert Path("/proc/self/status").read_text().count("Seccomp:\t2") == 1
         assert refused(os.fork)
         assert refused(lambda: os.execv("/bin/true", ["true"]))
@@ -150,6 +150,34 @@ def test_the_filter_leaves_what_the_server_does_and_no_more() -> None:
         assert refused(lambda: bpf(BPF_LINK_DETACH))
         assert refused(lambda: bpf(BPF_MAP_DELETE_ELEM))
         assert not refused(lambda: bpf(BPF_MAP_LOOKUP_ELEM))
+
+    in_child(child)
+
+
+def test_through_the_filter_nobody_is_called_typed_for_or_given_anything() -> None:
+    def child() -> None:
+        os.setsid()
+        _, terminal = pty.openpty()
+        fcntl.ioctl(terminal, termios.TIOCSCTTY, 0)
+        listener = socket.create_server(("127.0.0.1", 0))
+        address = listener.getsockname()
+        unconnected, stream = socket.socket(), socket.socket()
+        datagram = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        privileges.forgo()
+        assert privileges.filter_system_calls() is None
+
+        assert refused(lambda: fcntl.ioctl(terminal, termios.TIOCSTI, b"#"))
+        assert refused(lambda: fcntl.fcntl(listener, fcntl.F_SETOWN, os.getppid()))
+        assert refused(lambda: unconnected.sendto(b"x", socket.MSG_FASTOPEN, address))
+        assert refused(lambda: stream.sendmsg([b"x"], [], socket.MSG_FASTOPEN, address))
+        assert refused(lambda: datagram.sendto(b"x", address))
+        # Over one it could hand on the links that it holds, to somebody without a filter.
+        assert refused(lambda: socket.socket(socket.AF_UNIX))
+        assert refused(lambda: socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM))
+        assert refused(lambda: unconnected.listen())
+        # What service._is_local does.
+        with socket.socket(socket.AF_INET6, socket.SOCK_DGRAM) as probe:
+            probe.bind(("::1", 0))
 
     in_child(child)
 

@@ -50,19 +50,17 @@ class EndlessView(MemoryView):
 
     reads = 0
 
-    def server_cookies(self) -> list[int]:
-        return [10] * 200_000
-
-    def connection(self, server_cookie: int) -> Connection | None:
-        self.reads += 1
-        return super().connection(server_cookie)
+    def pages(self, size: int) -> Iterator[list[Connection]]:
+        for _ in range(0, 200_000, size):
+            self.reads += size
+            yield [self.connections[10]] * size
 
 
 class BrokenView(MemoryView):
     def find_by_socket(self, cookie: int) -> Answer | Reason:
         raise RuntimeError("a secret of the inside")
 
-    def server_cookies(self) -> list[int]:
+    def pages(self, size: int) -> Iterator[list[Connection]]:
         raise RuntimeError("a secret of the inside")
 
     def is_attached(self) -> bool:

@@ -1,5 +1,6 @@
 import os
 import socket
+from collections.abc import Iterator
 
 import pytest
 from google.rpc import code_pb2
@@ -348,6 +349,22 @@ def test_a_list_leaves_out_what_retired_and_adds_nothing_after_it_began() -> Non
 
     cookies = [found.server_socket_cookie for page in sent for found in page.connections]
     assert cookies == [*range(1, 150), *range(151, 201)]
+
+
+def test_the_first_page_of_a_list_waits_for_no_other() -> None:
+    read: list[int] = []
+
+    class Counting(MemoryView):
+        def pages(self, size: int) -> Iterator[list[Connection]]:
+            for page in super().pages(size):
+                read.append(len(page))
+                yield page
+
+    view = Counting(*(connection(cookie) for cookie in range(1, 1001)))
+    pages = PeerCredentialsService(view).list_connections(pb.ListConnectionsRequest())
+
+    assert len(next(pages).connections) == PAGE
+    assert read == [PAGE]
 
 
 def test_filters_of_a_list_are_all_to_be_passed() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine, Iterator
 from contextlib import closing
 
 import pytest
@@ -108,9 +108,9 @@ def test_what_comes_and_goes_while_the_present_is_told_is_told_once_and_in_order
 
 def test_what_comes_as_the_present_is_looked_at_is_told_once() -> None:
     class Busy(Capture):
-        def server_cookies(self) -> list[int]:
+        def pages(self, size: int) -> Iterator[list[Connection]]:
             self.establish(7)
-            return super().server_cookies()
+            return super().pages(size)
 
     async def scenario(capture: Capture, hub: Hub) -> None:
         watching = hub.watch(everything)
@@ -147,6 +147,52 @@ def test_a_slow_watcher_misses_what_comes_but_never_what_ends_and_is_told_how_mu
     run(scenario, 1)
 
 
+def test_to_begin_to_watch_takes_a_page_at_a_time_and_others_have_theirs() -> None:
+    turns: list[int] = []
+
+    class Counting(Capture):
+        def pages(self, size: int) -> Iterator[list[Connection]]:
+            for page in super().pages(size):
+                turns.append(len(page))
+                yield page
+
+    async def scenario(_: Capture, hub: Hub) -> None:
+        watching = hub.watch(everything)
+        assert len((await anext(watching)).events) == PAGE
+        assert turns == [PAGE]
+        nothing = hub.watch(lambda _: None)
+        beginning = asyncio.ensure_future(anext(nothing))
+        await asyncio.sleep(0)
+        # One page of it, and the event loop is everybody's.
+        assert turns == [PAGE, PAGE]
+        assert (await beginning).synchronized
+        await nothing.aclose()
+        await watching.aclose()
+
+    run(scenario, *range(1, 10 * PAGE), kind=Counting)
+
+
+def test_to_look_for_what_was_swept_takes_a_page_at_a_time() -> None:
+    looked: list[int] = []
+
+    class Counting(Capture):
+        def has_connection(self, server_cookie: int) -> bool:
+            looked.append(server_cookie)
+            return super().has_connection(server_cookie)
+
+    async def scenario(_: Capture, hub: Hub) -> None:
+        watching = hub.watch(everything)
+        await present(watching)
+        looking = asyncio.ensure_future(hub.reconcile())
+        await asyncio.sleep(0)
+        assert len(looked) == PAGE
+        await looking
+        assert sorted(looked) == list(range(1, 10 * PAGE))
+        await watching.aclose()
+
+    run(scenario, *range(1, 10 * PAGE), kind=Counting)
+
+
 def test_what_the_sweeper_takes_away_is_told_as_retired() -> None:
     async def scenario(capture: Capture, hub: Hub) -> None:
         watching = hub.watch(everything)
@@ -156,7 +202,7 @@ def test_what_the_sweeper_takes_away_is_told_as_retired() -> None:
         for swept in (2, 3):
             del capture.connections[swept]
 
-        hub.reconcile()
+        await hub.reconcile()
 
         assert set(await next_told(watching, 2)) == {("retired", 2), ("retired", 3)}
         await watching.aclose()
@@ -171,7 +217,7 @@ def test_what_the_programs_found_no_room_for_is_said_to_be_missed() -> None:
         await present(watching)
         capture.lost += 7
 
-        hub.reconcile()
+        await hub.reconcile()
 
         assert (await anext(watching)).missed == 7
         await watching.aclose()
