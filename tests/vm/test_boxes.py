@@ -44,10 +44,11 @@ def test_a_box_for_another_architecture_is_refused_with_the_way_to_another(lab: 
 @pytest.mark.root
 @pytest.mark.usefixtures("needs_mmdebstrap")
 def test_a_mirror_that_does_not_answer_is_named_and_leaves_nothing(lab: Lab) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        mirror = f"http://127.0.0.1:{closed.getsockname()[1]}/debian"
+    with socket.socket() as bound:  # and so nobody else's, but it does not listen
+        bound.bind(("127.0.0.1", 0))
+        mirror = f"http://127.0.0.1:{bound.getsockname()[1]}/debian"
 
-    said = lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR=mirror)
+        said = lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR=mirror)
 
     assert "mmdebstrap failed" in said
     assert "PEERCREDD_DEBIAN_MIRROR" in said
