@@ -353,7 +353,7 @@ static __always_inline void release(void *storage, u64 cookie)
         server_end_gone(server, cookie);
         if (!server->is_client)
             return;
-    } else if (server) {
+    } else if (server && server->role == ROLE_LISTENER) {
         remove_reset(cookie);
     }
     client_end_gone(cookie);
@@ -436,9 +436,8 @@ static __always_inline void wait_in_queue(struct connection *record, struct serv
  * a server socket that was reset waits for accept(), which will hand it out. */
 static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 old_state)
 {
-    struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
-    if (server && server->role != ROLE_CHILD)
-        server = NULL;
+    struct server_socket *own = server_sockets.sk_storage_get(storage, 0, 0);
+    struct server_socket *server = own && own->role == ROLE_CHILD ? own : NULL;
     if (server && server->gone && !server->is_client)
         return;
 
@@ -451,6 +450,8 @@ static __always_inline void closed(u64 socket, void *storage, u64 cookie, u32 ol
     if (!server) {
         drop_pending(socket, cookie, old_state, over);
         if (over) {
+            if (own && own->role == ROLE_CLIENT)
+                own->gone = 1;
             client_end_gone(cookie);
         } else {
             u64 *found = by_client.lookup(&cookie);
@@ -581,11 +582,11 @@ static __always_inline void inherit_absence(u64 server_cookie, struct tuple *tup
 
 /* A child that gets no record must not have another's: the cgroup hook of listen() runs
  * when children can be born already, and the first may have inherited what their listener
- * was before, an accepted socket for instance. */
+ * was before, an accepted socket or a client's. */
 static __always_inline void disinherit(void *storage)
 {
     struct server_socket *server = server_sockets.sk_storage_get(storage, 0, 0);
-    if (server && server->role == ROLE_CHILD)
+    if (server && server->role != ROLE_LISTENER)
         server_sockets.sk_storage_delete(storage);
 }
 
@@ -707,9 +708,9 @@ static __always_inline bool establish(u64 socket, void *storage, u64 server_cook
     server->role = ROLE_CHILD;
     server->gone = 0;
     server->cookie = server_cookie;
-    server->client_tgid = record->client.tgid;
-    server->client_euid = record->client.euid;
-    server->client_egid = record->client.egid;
+    server->peer_tgid = record->client.tgid;
+    server->peer_euid = record->client.euid;
+    server->peer_egid = record->client.egid;
     server->is_client = LOAD(u64, socket, sock_socket) != 0;
     /* An atomic operation, so that it is not moved before what it vouches for. */
     __sync_fetch_and_add(&record->established_ns, boot_time_ns());

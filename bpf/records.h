@@ -94,7 +94,8 @@ struct connection {
     u8 server_gone;            /* the server's socket was closed or disconnected */
     u8 client_closed_with_descriptor;
     u8 left; /* the client went first, and it is charged to the pair of users */
-    u8 padding[7];
+    u8 client_asked; /* for its peer, by SO_PEERCRED */
+    u8 padding[6];
     /* Written after `acceptor`, which is unknown as long as this is 0. */
     u64 accepted_ns;
     struct credentials client;
@@ -102,20 +103,20 @@ struct connection {
     struct credentials acceptor;
 };
 
-/* Storage on a listening socket, cloned by the kernel to each child. */
+/* Storage on a listening socket, cloned by the kernel to each child; and on a client's that
+ * asks for its peer more than once. What is read at each question comes first. */
 struct server_socket {
     u16 role;
-    u8 gone;      /* the server end was counted in connection.ends_gone */
+    u8 gone;      /* its connection is over: of a child, counted in connection.ends_gone */
     u8 is_client; /* a simultaneous open: both ends called connect() */
-    u32 padding;
+    /* Of a ROLE_CHILD its client's, of a ROLE_CLIENT its listener's. The last two are handed out
+     * at once. */
+    u32 peer_egid;
+    u32 peer_tgid;
+    u32 peer_euid;
+    u64 cookie; /* of a ROLE_CHILD */
     u64 listener_cookie;
     struct credentials listener;
-    /* Of a ROLE_CHILD. */
-    u64 cookie;
-    u32 client_tgid;
-    u32 client_euid;
-    u32 client_egid;
-    u32 more_padding;
 };
 
 /* What one user has in the tables. Signed: should one of them ever be too low, that user
@@ -135,6 +136,7 @@ struct pair {
 #define ROLE_NONE 0
 #define ROLE_LISTENER 1
 #define ROLE_CHILD 2
+#define ROLE_CLIENT 3
 
 /* Why a connection has no record, for the newest of those that have none: a table
  * with one slot for each hash of a cookie or of a tuple. A slot holds the hash, its

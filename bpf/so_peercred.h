@@ -25,6 +25,20 @@ struct peer {
 };
 #define NO_PEER ((struct peer){0, -1, -1})
 
+/* Its pid and uid, and those of a server_socket's peer, with one load and one store: on the way
+ * that nearly every call takes. */
+static __always_inline u64 pid_and_uid(void *from)
+{
+    u64 both;
+    __builtin_memcpy(&both, __builtin_assume_aligned(from, sizeof(both)), sizeof(both));
+    return both;
+}
+
+static __always_inline void set_pid_and_uid(void *to, u64 both)
+{
+    __builtin_memcpy(__builtin_assume_aligned(to, sizeof(both)), &both, sizeof(both));
+}
+
 /* A user namespace's map of uids or of gids. */
 struct extent {
     u32 first;
@@ -226,28 +240,57 @@ static __always_inline bool see(struct credentials *credentials, struct peer *to
     return true;
 }
 
-/* What the accepted socket itself carries is enough for a caller in the initial namespaces,
- * which is nearly every one. */
+/* What the socket itself carries is enough for a caller in the initial namespaces, which is
+ * nearly every one. */
 static __always_inline bool see_at_once(struct bpf_sock *socket, struct peer *to)
 {
     u64 task = current_task();
     struct server_socket *server = server_sockets.sk_storage_get(socket, 0, 0);
 
-    if (!server || server->role != ROLE_CHILD || server->gone ||
+    if (!server || (server->role != ROLE_CHILD && server->role != ROLE_CLIENT) || server->gone ||
         LOAD(u32, LOAD(u64, task, task_thread_pid), pid_level) ||
         LOAD(u32, LOAD(u64, LOAD(u64, task, task_cred), cred_user_ns), user_namespace_level))
         return false;
-    *to = (struct peer){server->client_tgid, server->client_euid, server->client_egid};
+    set_pid_and_uid(to, pid_and_uid(&server->peer_tgid));
+    to->gid = server->peer_egid;
     return true;
 }
 
-static __always_inline bool see_peer(struct bpf_sockopt *context, struct bpf_sock *socket,
-                                     struct peer *to)
+/* A client that asks for a second time gets the answer kept with its socket. Not at the first:
+ * most never ask again, and storage takes longer to make than a record to find. Whatever ends
+ * its connection, or begins another one, marks it as gone or deletes it. */
+static __always_inline void keep_listener(struct bpf_sock *socket, struct connection *record,
+                                          struct peer *listener)
+{
+    if (!record->client_asked) {
+        record->client_asked = 1;
+        return;
+    }
+    struct server_socket *own =
+        server_sockets.sk_storage_get(socket, 0, BPF_SK_STORAGE_GET_F_CREATE);
+    if (!own || own->role != ROLE_NONE)
+        return;
+    own->peer_tgid = listener->pid;
+    own->peer_euid = listener->uid;
+    own->peer_egid = listener->gid;
+    own->role = ROLE_CLIENT;
+}
+
+static __always_inline bool see_in_record(struct bpf_sockopt *context, struct bpf_sock *socket,
+                                          struct peer *to)
 {
     struct found found = {};
 
-    return see_at_once(socket, to) || (find_peer(context, socket, &found) &&
-                                       see(found.credentials, to) && is_still(&found));
+    if (!find_peer(context, socket, &found) || !see(found.credentials, to))
+        return false;
+    struct credentials *peer = found.credentials;
+    struct peer unseen = {peer->tgid, peer->euid, peer->egid};
+    if (!is_still(&found))
+        return false;
+    struct connection *record = found.record;
+    if (record && peer == &record->listener && socket->protocol == IPPROTO_TCP)
+        keep_listener(socket, record, &unseen);
+    return true;
 }
 
 /* Replaces what the kernel has answered, if that is nobody: it, or another program, may
@@ -256,7 +299,7 @@ static __always_inline bool see_peer(struct bpf_sockopt *context, struct bpf_soc
 static __always_inline void give_credentials(struct bpf_sockopt *context, struct bpf_sock *socket)
 {
     struct peer peer = {}, nobody = NO_PEER;
-    s32 length = context->optlen;
+    u64 length = (u32)context->optlen;
     KEEP(length);
     u8 *value = context->optval;
     KEEP(value);
@@ -265,21 +308,22 @@ static __always_inline void give_credentials(struct bpf_sockopt *context, struct
 
     if (value + sizeof(peer) <= end) {
         struct peer *answer = (struct peer *)value;
-        if (length == sizeof(peer) && answer->pid == nobody.pid && answer->uid == nobody.uid &&
-            answer->gid == nobody.gid && see_peer(context, socket, &peer))
+        if (length == sizeof(peer) && pid_and_uid(answer) == pid_and_uid(&nobody) &&
+            answer->gid == nobody.gid && !see_at_once(socket, answer) &&
+            see_in_record(context, socket, &peer))
             *answer = peer;
         return;
     }
     u8 *was = (u8 *)&nobody, *is = (u8 *)&peer;
 #pragma unroll
     for (int i = 0; i < sizeof(peer); i++)
-        if (i < length && (value + i + 1 > end || value[i] != was[i]))
+        if (i < (s32)length && (value + i + 1 > end || value[i] != was[i]))
             return;
-    if (!see_peer(context, socket, &peer))
+    if (!see_at_once(socket, &peer) && !see_in_record(context, socket, &peer))
         return;
 #pragma unroll
     for (int i = 0; i < sizeof(peer); i++)
-        if (i < length && value + i + 1 <= end)
+        if (i < (s32)length && value + i + 1 <= end)
             value[i] = is[i];
 }
 
@@ -335,9 +379,9 @@ static __always_inline bool has_peer(struct bpf_sock *socket)
 
 int so_peercred_getsockopt(struct bpf_sockopt *context)
 {
-    u32 level = context->level;
+    u64 level = (u32)context->level;
     KEEP(level);
-    u32 option = context->optname;
+    u64 option = (u32)context->optname;
     KEEP(option);
     if (level == SOL_SOCKET && (option == SO_PEERCRED || option == SO_PEERGROUPS)) {
         struct bpf_sock *socket = context->sk;

@@ -18,7 +18,7 @@ from rich.table import Table
 from vagrant import box, kernels, report, suite
 from vagrant.errors import LabError
 from vagrant.kernels import KERNELS, Kernel
-from vagrant.machine import accelerator, running
+from vagrant.machine import accelerator, require_space, running
 from vagrant.recipe import PROJECT
 from vagrant.report import Outcome
 
@@ -119,6 +119,7 @@ def shell(kernel: str) -> None:
 
 
 async def _shell(boxed: box.Box, logs: Path) -> None:
+    require_space(1)
     click.echo(f"{boxed.kernel.name}: booting, and installing the project", err=True)
     async with running(boxed, await accelerator(boxed), _cpus(1), logs) as machine:
         guest = suite.Guest(machine, logs)
@@ -148,6 +149,7 @@ async def _test_boxes(
     jobs: int,
     results: Path,
 ) -> list[Outcome]:
+    require_space(min(jobs, len(boxes)))
     with_what = await accelerator(boxes[0])
     free = asyncio.Semaphore(jobs)
 

@@ -139,9 +139,13 @@ def pack(box: Box) -> Path:
                 }
             )
         )
-        with tarfile.open(half, "w") as archive:
-            archive.add(described, described.name)
-            archive.add(box.disk, "box.img")
+        try:
+            with tarfile.open(half, "w") as archive:
+                archive.add(described, described.name)
+                archive.add(box.disk, "box.img")
+        except BaseException:
+            half.unlink()
+            raise
         return half.rename(box.packed)
 
 

@@ -8,6 +8,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 from asyncio.subprocess import Process
@@ -26,6 +27,8 @@ from vagrant.kernels import COMMAND_LINE
 from vagrant.programs import DIES_WITH_US, run
 
 QEMU = "qemu-system-x86_64"
+SPACE = 2 << 30
+"""Bytes that a machine may come to write to its disk, in a file of QEMU's that has no name."""
 HANGS_BEFORE = (8, 1)
 """Older QEMUs may go on with their translation of code that the kernel has patched meanwhile."""
 BOOT_SECONDS = 600.0
@@ -97,6 +100,17 @@ async def accelerator(box: Box) -> str:
     click.echo("KVM does not work here: emulating, which is some ten times slower", err=True)
     _warn_of_old_qemu()
     return "tcg"
+
+
+def require_space(machines: int) -> None:
+    """Raises LabError if that many machines have no room for what they write."""
+    folder = os.environ.get("TMPDIR") or "/var/tmp"
+    free, needed = shutil.disk_usage(folder).free, machines * SPACE
+    if free < needed:
+        raise LabError(
+            f"{folder} has {free >> 20} MiB free, and {machines} at a time may write "
+            f"{needed >> 20} there; make room, or let TMPDIR name another folder"
+        )
 
 
 def _warn_of_old_qemu() -> None:

@@ -137,9 +137,8 @@ def test_who_writes_to_a_deferred_socket_through_io_uring_lends_it_no_name(
 def test_a_connect_that_another_user_left_half_done_lends_its_name_to_nobody(
     stage: Stage, elsewhere: Stage
 ) -> None:
-    namespace = stage.namespace()  # where nobody else takes a port
-    server = stage.actor(SERVICE, namespace=namespace)
-    bob = stage.actor(BOB, namespace=namespace)
+    stage.place = elsewhere.place = stage.namespace()  # where nobody else takes a port
+    server, bob = stage.actor(SERVICE), stage.actor(BOB)
     listener = stage.listen(server, V4, options=(steps.DEFER_ACCEPT,))
     ends = stage.connect(bob, listener)
     local = bob(steps.own_name, ends.tcp)
@@ -147,7 +146,7 @@ def test_a_connect_that_another_user_left_half_done_lends_its_name_to_nobody(
     bob(steps.reset, ends.tcp)
 
     # Alice is not recorded, so nothing of hers takes the place of what Bob has published.
-    alice = elsewhere.actor(ALICE, namespace=namespace)
+    alice = elsewhere.actor(ALICE)
     theirs = elsewhere.connect(alice, listener, local=local)
     alice(steps.write, theirs)
     server(steps.accept_one, listener.fds.unix)
@@ -158,7 +157,7 @@ def test_a_connect_that_another_user_left_half_done_lends_its_name_to_nobody(
     server(steps.close, accepted)
 
     # What Bob has published is replaced by nobody but those who are recorded.
-    carol = stage.actor(CAROL, namespace=namespace)
+    carol = stage.actor(CAROL)
     last = stage.connect(carol, listener, local=local)
     carol(steps.write, last)
     accepted = server(steps.accept, listener.fds)

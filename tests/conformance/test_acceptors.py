@@ -186,6 +186,7 @@ def test_what_its_client_has_ended_is_accepted_by_whoever_does(
 
 
 def test_each_generation_of_a_tuple_has_the_acceptor_it_had(stage: Stage, route: Route) -> None:
+    stage.place = stage.namespace()  # where nobody else takes the port
     server, client = stage.actor(SERVICE), stage.actor(ALICE)
     listener = stage.listen(server, route)
     played = []

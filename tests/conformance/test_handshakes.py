@@ -308,6 +308,7 @@ def test_those_who_give_up_on_a_full_queue_leave_nothing(stage: Stage, route: Ro
 
 
 def test_a_refused_connect_leaves_nothing(stage: Stage, route: Route) -> None:
+    stage.place = stage.namespace()  # where nobody else listens on the closed port
     server, client = stage.actor(SERVICE), stage.actor(ALICE)
     listener = stage.listen(server, route)
     server(os.close, listener.fds.tcp)
@@ -318,6 +319,7 @@ def test_a_refused_connect_leaves_nothing(stage: Stage, route: Route) -> None:
 
 
 def test_a_socket_that_was_refused_is_whose_connect_succeeds(stage: Stage, route: Route) -> None:
+    stage.place = stage.namespace()  # where nobody else listens on the closed port
     server, client, other = stage.actor(SERVICE), stage.actor(ALICE), stage.actor(BOB)
     closed, listener = stage.listen(server, route), stage.listen(server, route)
     server(os.close, closed.fds.tcp)

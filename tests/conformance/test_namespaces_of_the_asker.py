@@ -109,6 +109,12 @@ def test_the_numbers_are_those_of_the_namespaces(stage: Stage) -> None:
     theirs = Both(*server.give(accepted, to=within))
     assert same_peer(stage, within, theirs) == Peer(0, 7, 8, (OVERFLOW_ID, 9), 2)
 
+    # And where the host has asked before, as often as it takes to keep the answer.
+    assert stage.peer(client, ends)[:3] == (server.pid, 100_000, 100_000)
+    assert same_peer(stage, client, ends) == Peer(2, 0, 0, (), 0)
+    theirs = Both(*client.give(ends, to=within))
+    assert same_peer(stage, within, theirs) == Peer(0, OVERFLOW_ID, OVERFLOW_ID, (), 0)
+
 
 def test_a_process_within_is_seen_from_each_pid_namespace_around_it(stage: Stage) -> None:
     inhabitants = [stage.actor()]

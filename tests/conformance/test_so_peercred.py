@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -16,7 +17,15 @@ from harness import so_peercred, steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
 from harness.routes import V4
-from harness.so_peercred import MAX_GROUPS, NOBODY, SO_PEERGROUPS, UCRED_SIZE, Told, getsockopt
+from harness.so_peercred import (
+    MAX_GROUPS,
+    NOBODY,
+    SO_PEERGROUPS,
+    UCRED_SIZE,
+    Told,
+    as_told_by_tcp,
+    getsockopt,
+)
 from harness.stage import Stage
 from harness.steps import Both, Route
 from harness.users import ALICE, BOB, SERVICE
@@ -25,6 +34,8 @@ pytestmark = pytest.mark.kernel
 
 LENGTHS = (*range(UCRED_SIZE + 3), 16, 64, 4095, 4096, 4097, 70_000)
 GROUPS = (7, 8, 9)
+FAST_OPEN = 0x607
+"""net.ipv4.tcp_fastopen: both ends may, without a cookie."""
 
 
 def ask(actor: Actor, fds: Both[int], option: int, length: int, room: int = -1) -> Both[Told]:
@@ -125,6 +136,71 @@ def test_a_socket_that_is_no_connections_end_has_no_peer(stage: Stage) -> None:
     assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
     client(steps.disconnect, ends.tcp)
     assert client(steps.tcp_peer, ends.tcp) == (NOBODY, None)
+
+
+def again_a_client(stage: Stage, was: Both[int], client: Actor, route: Route) -> None:
+    server = stage.actor(BOB)
+    listener = stage.listen(server, route)
+    ends = Both(client(steps.unix_socket), was.tcp)
+    client(steps.connect, ends, listener.addresses)
+    assert stage.peer(client, ends)[:2] == (server.pid, BOB)
+
+
+def a_client_that_has_only_promised(
+    stage: Stage, was: Both[int], client: Actor, route: Route
+) -> None:
+    server = stage.actor(BOB)
+    listener = stage.listen(server, route)
+    client(steps.defer, was.tcp, listener.addresses.tcp)
+    assert client(steps.tcp_peer, was.tcp) == (NOBODY, None)
+    ends = Both(client(steps.unix_socket), was.tcp)
+    client(steps.connect_one, ends.unix, listener.addresses.unix)
+    client(steps.write, ends)
+    assert stage.peer(client, ends)[:2] == (server.pid, BOB)
+
+
+def a_listener(stage: Stage, was: Both[int], client: Actor, route: Route) -> None:
+    fds = Both(client(steps.bind, route).unix, was.tcp)
+    client(steps.listen, fds)
+    assert client(steps.tcp_peer, fds.tcp) == as_told_by_tcp(client(steps.peer, fds.unix))
+    other = stage.actor(BOB)
+    theirs = other(steps.sockets, route)
+    other(steps.connect, theirs, client(steps.addresses, fds, route))
+    assert stage.peer(client, client(steps.accept, fds))[:2] == (other.pid, BOB)
+    assert stage.peer(other, theirs)[:2] == (client.pid, ALICE)
+
+
+@pytest.mark.parametrize("becomes", [again_a_client, a_client_that_has_only_promised, a_listener])
+def test_whom_a_client_was_told_of_is_not_its_sockets_next_peer(
+    stage: Stage, route: Route, becomes: Callable[[Stage, Both[int], Actor, Route], None]
+) -> None:
+    namespace = stage.place = stage.namespace()
+    namespace.sysctl("net.ipv4.tcp_fastopen", FAST_OPEN)
+    server, client = stage.actor(SERVICE), stage.actor(ALICE)
+    listener = stage.listen(server, route)
+    ends = stage.connect(client, listener)
+    server(steps.accept, listener.fds)
+    assert stage.peer(client, ends)[:2] == (server.pid, SERVICE)
+    client(steps.disconnect, ends.tcp)
+    assert client(steps.tcp_peer, ends.tcp) == (NOBODY, None)
+
+    becomes(stage, ends, client, route)
+
+
+def test_a_client_is_told_the_same_whatever_becomes_of_its_server(
+    stage: Stage, route: Route
+) -> None:
+    server, client = stage.actor(SERVICE, groups=GROUPS), stage.actor(ALICE)
+    listener = stage.listen(server, route)
+    ends = stage.connect(client, listener)
+    expected = client(steps.peer, ends.unix)
+    assert client(steps.tcp_peer, ends.tcp) == as_told_by_tcp(expected)
+    accepted = server(steps.accept, listener.fds)
+    server(steps.reset, accepted.tcp)
+    client(steps.wait_until_hung_up, ends.tcp)
+    server.exit()
+    assert client(steps.tcp_peer, ends.tcp) == as_told_by_tcp(expected)
+    assert expected[:2] == (server.pid, SERVICE)
 
 
 def test_whoever_holds_the_socket_is_told_the_same(stage: Stage) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -21,6 +22,12 @@ _HEADER += [_ORIGIN, _ORIGIN, _ORIGIN + 48, 0, _ORIGIN + 32]
 _MULTIBOOT = b"".join(word.to_bytes(4, "little") for word in _HEADER)
 HANGS = _MULTIBOOT + b"\xfa\xf4\xeb\xfd".ljust(16, b"\x90")  # cli; hlt; jump back
 CRASHES = _MULTIBOOT + b"\x0f\x01\x1d\0\0\0\0\x0f\x0b".ljust(16, b"\x90")  # lidt (0); ud2
+
+
+def on_a_small_disk(folder: Path) -> tuple[str, ...]:
+    """What runs a command that finds a disk of 64 MiB in a folder, and nobody else does."""
+    mount = f"mount -t tmpfs -o size=64m lab {shlex.quote(str(folder))}"
+    return ("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
 
 
 class Lab:

@@ -49,6 +49,8 @@ class Stage:
         self._exit = ExitStack()
         self._before = occupancy(client)
         self.hook_set = client.status().hook_set
+        self.place: NetworkNamespace | None = None
+        """Where its actors are, if nothing else is said: one of its own for ports used again."""
 
     def actor(
         self,
@@ -59,8 +61,8 @@ class Stage:
     ) -> Actor:
         """A new process; root unless a uid is given, with the gid of that number."""
         actor = self.keep(self._origin.actor())
-        if namespace:
-            actor(steps.enter_network_namespace, Descriptor(namespace.fd))
+        if place := namespace or self.place:
+            actor(steps.enter_network_namespace, Descriptor(place.fd))
         if uid:
             actor(steps.become, uid, gid, tuple(groups))
         return actor

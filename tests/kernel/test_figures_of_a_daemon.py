@@ -13,23 +13,28 @@ from harness import steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
+from harness.netns import NetworkNamespace
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, SERVICE
 
 pytestmark = pytest.mark.kernel
 
+ADDRESS = "127.0.0.1:9338"
 
-def unused_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
+
+def page() -> str:
+    with urllib.request.urlopen(f"http://{ADDRESS}/metrics") as answer:
+        text: str = answer.read().decode()
+    return text
 
 
 def test_what_a_daemon_does_is_counted_where_prometheus_asks(hook_set: str) -> None:
-    address = f"127.0.0.1:{unused_port()}"
+    options = (f"--metrics-address={ADDRESS}",)
     with (
         Cgroup() as cgroup,
-        Daemon(cgroup, hook_set, f"--metrics-address={address}") as daemon,
+        NetworkNamespace() as namespace,  # where nobody else has the port
+        Daemon(cgroup, hook_set, *options, namespace=namespace) as daemon,
         daemon.client() as client,
         Origin(cgroup) as origin,
         Stage(origin, client) as stage,
@@ -46,13 +51,11 @@ def test_what_a_daemon_does_is_counted_where_prometheus_asks(hook_set: str) -> N
         server(steps.close, accepted)
         stage.wait_until_empty()
 
-        with urllib.request.urlopen(f"http://{address}/metrics") as answer:
-            families = text_string_to_metric_families(answer.read().decode())
-            values = {
-                (sample.name, *sample.labels.values()): sample.value
-                for family in families
-                for sample in family.samples
-            }
+        values = {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(namespace.run(page))
+            for sample in family.samples
+        }
         assert values["peercredd_connections_established_total",] == 1
         assert values["peercredd_connections_retired_total",] == 1
         assert values["peercredd_lookups_total", "FOUND"] == 1

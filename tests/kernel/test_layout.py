@@ -78,9 +78,11 @@ def test_connections_are_decoded_where_they_are_written(compiled: Any) -> None:
         "client_closed_with_descriptor",
         "left",
     )
+    kernels_own = {"client_asked"}
     ends = records.CONNECTION_ENDS_OFFSET
 
-    assert members(leaf) == {
+    found = {name: at for name, at in members(leaf).items() if name not in kernels_own}
+    assert found == {
         **dict(zip(head, offsets(records.CONNECTION_HEAD), strict=True)),
         "tuple": records.CONNECTION_TUPLE_OFFSET,
         **dict(zip(happened, (ends + at for at in offsets(records.CONNECTION_ENDS)), strict=True)),

@@ -28,6 +28,13 @@ def route(request: pytest.FixtureRequest) -> Route:
     return route
 
 
+@pytest.fixture
+def stage(stage: Stage) -> Stage:
+    """One where nobody else takes a port that was given back."""
+    stage.place = stage.namespace()
+    return stage
+
+
 End = Callable[[Actor, int, Actor, int], None]
 
 
@@ -53,11 +60,14 @@ class Names:
     def __init__(self, server: Actor, accepted: int) -> None:
         self.local, self.remote = server(steps.names, accepted)
         self.client: Address = (self.remote[0], self.remote[1])
+        with server.borrow(accepted) as sock:
+            self.netns_cookie = oracle.cookie(sock, oracle.SO_NETNS_COOKIE)
 
     def key(self, cookie: int | None = None) -> pb.ConnectionKey:
         key = pb.ConnectionKey(
             local=pb.Endpoint(address=self.local[0], port=self.local[1]),
             remote=pb.Endpoint(address=self.remote[0], port=self.remote[1]),
+            netns_cookie=self.netns_cookie,
         )
         if cookie is not None:
             key.socket_cookie = cookie
@@ -183,7 +193,9 @@ def test_an_old_client_socket_answers_with_its_own_listener_by_cookie(
 
     assert stage.peer(alice, ends)[:2] == (server.pid, SERVICE)
     assert stage.peer(bob, new_ends)[:2] == (second_server.pid, CAROL)
-    key = pb.ConnectionKey(local=names.key().remote, remote=names.key().local)
+    key = names.key()
+    key.local.CopyFrom(names.key().remote)
+    key.remote.CopyFrom(names.key().local)
     assert oracle.ask_raw(daemon.address, key).peer.uid == CAROL
     key.socket_cookie = old_cookie
     assert uid_or_reason(daemon, key) in (SERVICE, "RETIRED")
@@ -201,7 +213,7 @@ def test_a_newer_connection_without_a_record_does_not_get_the_older_ones_name(
         Origin(uncaptured) as origin,
         Stage(origin, stage.client) as elsewhere,
     ):
-        bob = elsewhere.actor(BOB)
+        bob = elsewhere.actor(BOB, namespace=stage.place)
         elsewhere.connect(bob, listener, local=names.client)
         new = server(steps.accept, listener.fds)
 

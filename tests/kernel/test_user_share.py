@@ -362,6 +362,7 @@ def test_whatever_becomes_of_a_connection_nothing_of_it_stays_charged(
     crowd: Crowd, outside: Stage
 ) -> None:
     stage = crowd.stage
+    stage.place = outside.place = stage.namespace()  # where nobody else listens on a closed port
     elsewhere = outside.listen(outside.actor(DAVE), V4)
     for killed in (False, True):
         server, client = stage.actor(SERVICE), stage.actor(ALICE)
@@ -388,6 +389,7 @@ def test_what_is_left_of_an_earlier_connect_of_the_same_tuple_is_given_back(
     crowd: Crowd, outside: Stage
 ) -> None:
     stage = crowd.stage
+    stage.place = outside.place = stage.namespace()  # where nobody else takes a port
     elsewhere = outside.listen(outside.actor(DAVE), V4)
     first, second = stage.actor(ALICE), stage.actor(BOB)
     ends = stage.connect(first, elsewhere)

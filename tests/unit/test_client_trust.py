@@ -138,11 +138,15 @@ def test_a_listener_is_found_however_it_is_bound() -> None:
         ("::", socket.AF_INET6, {v4, v6}),
         ("::ffff:127.0.0.1", socket.AF_INET6, {v4}),
     ):
-        with socket.socket(family) as listener:
-            if family == socket.AF_INET6:
-                listener.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
-            listener.bind((host, 0))
-            port = listener.getsockname()[1]
+        with socket.socket(socket.AF_INET6) as every, socket.socket(family) as listener:
+            for each in (every, listener):
+                each.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if each.family == socket.AF_INET6:
+                    each.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+            # It does not listen, and keeps others from the port at every address.
+            every.bind(("::", 0))
+            port = every.getsockname()[1]
+            listener.bind((host, port))
             assert not any(_trust.somebody_listens(each, port) for each in (v4, v6))
             listener.listen()
             assert {each for each in (v4, v6) if _trust.somebody_listens(each, port)} == seen

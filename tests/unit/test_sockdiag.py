@@ -67,9 +67,14 @@ def test_a_socket_nobody_asked_for_its_cookie_has_the_one_it_is_listed_with(
     stack: ExitStack,
 ) -> None:
     client, _ = connection(stack, listener(stack))
-    port = client.getsockname()[1]
-    listed = {each.local_port: each.cookie for each in sockdiag.sockets()}
-    assert listed[port] == cookie(client)
+    ports = client.getsockname()[1], client.getpeername()[1]
+    (listed,) = (
+        each.cookie
+        for each in sockdiag.sockets()
+        if (each.local_port, each.remote_port) == ports
+        and each.local_address == address(client.getsockname())
+    )
+    assert listed == cookie(client)
 
 
 def test_half_closed_connections_are_alive(stack: ExitStack) -> None:

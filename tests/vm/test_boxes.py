@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
+import os
 import signal
 import socket
 import subprocess
 
 import pytest
 
-from harness.lab import HANGS, Lab
+from harness.lab import HANGS, Lab, on_a_small_disk
 from harness.patience import patient
 
 NOBODY = ("unshare", "--user", "--map-user=65534", "--")
@@ -22,10 +22,8 @@ def test_without_root_no_box_is_built(lab: Lab) -> None:
 @pytest.mark.root
 def test_without_space_nothing_is_begun(lab: Lab) -> None:
     lab.folder.mkdir()
-    mount = f"mount -t tmpfs -o size=64m lab {shlex.quote(str(lab.folder))}"
-    in_little_space = ("unshare", "--mount", "sh", "-c", f'{mount} && exec "$@"', "sh")
 
-    said = lab.refusal("vm-box", "debian12", before=in_little_space)
+    said = lab.refusal("vm-box", "debian12", before=on_a_small_disk(lab.folder))
 
     assert "64 MiB free" in said
     assert "PEERCREDD_LAB" in said
@@ -44,10 +42,11 @@ def test_a_box_for_another_architecture_is_refused_with_the_way_to_another(lab: 
 @pytest.mark.root
 @pytest.mark.usefixtures("needs_mmdebstrap")
 def test_a_mirror_that_does_not_answer_is_named_and_leaves_nothing(lab: Lab) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as closed:
-        mirror = f"http://127.0.0.1:{closed.getsockname()[1]}/debian"
+    with socket.socket() as bound:  # and so nobody else's, but it does not listen
+        bound.bind(("127.0.0.1", 0))
+        mirror = f"http://127.0.0.1:{bound.getsockname()[1]}/debian"
 
-    said = lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR=mirror)
+        said = lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR=mirror)
 
     assert "mmdebstrap failed" in said
     assert "PEERCREDD_DEBIAN_MIRROR" in said
@@ -84,6 +83,26 @@ def test_a_build_that_is_killed_leaves_no_process_and_what_the_next_one_removes(
     lab.refusal("vm-box", "debian12", PEERCREDD_DEBIAN_MIRROR="http://127.0.0.1:1/debian")
 
     assert contents(lab) == ["debian12.lock"]
+
+
+@pytest.mark.usefixtures("needs_qemu")
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_box_that_is_interrupted_while_it_is_packed_is_not_left_half(
+    lab: Lab, number: signal.Signals
+) -> None:
+    box = lab.box(HANGS)
+    os.truncate(box.disk, 1 << 43)  # as good as without end
+    process = lab.start("vm-box", "debian12")
+    half = box.folder / "half.box"
+    while not half.exists():
+        assert process.poll() is None, process.communicate()
+        os.sched_yield()
+
+    process.send_signal(number)
+
+    assert process.wait(patient(60)) != 0
+    assert not half.exists()
+    assert not box.packed.exists()
 
 
 def building(lab: Lab, mirror: socket.socket) -> tuple[subprocess.Popen[str], socket.socket]:

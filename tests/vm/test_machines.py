@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from harness.lab import CRASHES, HANGS, QEMU, Lab
+from harness.lab import CRASHES, HANGS, QEMU, Lab, on_a_small_disk
 from harness.patience import patient
 from vagrant import machine
 from vagrant.errors import LabError, MachineError
@@ -124,6 +124,21 @@ def test_an_accelerator_that_there_is_not_is_told_those_there_are(lab: Lab) -> N
     said = lab.refusal("vm-test", "debian12", PEERCREDD_VM_ACCELERATOR="warp")
 
     assert said.endswith("PEERCREDD_VM_ACCELERATOR=warp: take one of: kvm, tcg")
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("command", ["vm-test", "vm-shell"])
+def test_without_space_for_what_a_machine_writes_none_is_booted(
+    lab: Lab, tmp_path: Path, command: str
+) -> None:
+    lab.box(HANGS)
+    little = tmp_path / "little"
+    little.mkdir()
+
+    said = lab.refusal(command, "debian12", before=on_a_small_disk(little), TMPDIR=str(little))
+
+    assert f"{little} has 64 MiB free" in said
+    assert "may write 2048 there; make room, or let TMPDIR name another folder" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
