@@ -46,9 +46,10 @@ _NOT_FOUND = {
         "'peercred whoami' shows what you may ask",
     }.items()
 }
+CAPTURE_LOST = "CAPTURE_LOST"
 _CAPTURE_LOST = encode.error(
     code_pb2.UNAVAILABLE,
-    "CAPTURE_LOST",
+    CAPTURE_LOST,
     "nothing is known of that connection, and capture is not in place; restart peercredd",
 )
 
@@ -299,6 +300,7 @@ class PeerCredentialsService:
             # Of one that may not be learnt about as much is asked as of one that is not there.
             if found in (Reason.NEVER_SEEN, Reason.NOT_VISIBLE):
                 if not capture_in_place():
+                    self.figures.lookups[CAPTURE_LOST] += 1
                     raise RequestError(_CAPTURE_LOST)
                 if self._leaves_the_host(key):
                     found = Reason.NOT_LOCAL

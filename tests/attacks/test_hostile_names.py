@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
+import itertools
 import json
 import os
+import pty
 import re
+import signal
+import struct
 import sys
+import termios
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,6 +146,47 @@ def test_json_has_each_name_exactly_and_in_ascii(daemon: Daemon, party: Party) -
     for name in WORST:
         found = document("lookup", *party.ends(NAMES[name]))
         assert (found["comm"], found["uid"]) == (told(NAMES[name]), ALICE)
+
+
+@pytest.mark.parametrize("form", ["--lines", "--json"])
+def test_no_event_of_a_watch_shows_a_name_that_is_more_than_a_name(
+    daemon: Daemon, party: Party, form: str
+) -> None:
+    watch = Peercred(daemon.address).start("watch", form, "--port", str(party.port))
+    with watch:
+        assert watch.stdout
+        lines = list(itertools.takewhile(lambda line: "synchronized" not in line, watch.stdout))
+        watch.send_signal(signal.SIGINT)
+
+    assert len(lines) == len(NAMES)
+    assert all(line.removesuffix("\n").isprintable() for line in lines)
+    if form == "--json":
+        assert all(map(str.isascii, lines))
+        comms = [json.loads(line)["connection"]["client"]["comm"] for line in lines]
+        assert set(comms) == set(map(told, NAMES.values()))
+    else:
+        assert all(re.match(r"\S+ \S+ present \S+ -> \S+ \S+ pid \d+ \(", each) for each in lines)
+
+
+def test_the_live_view_of_a_watch_obeys_no_name(daemon: Daemon, party: Party) -> None:
+    outside, inside = pty.openpty()
+    fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("4H", 60, 250, 0, 0))
+    with Peercred(daemon.address).start("watch", "--port", str(party.port), output=inside) as watch:
+        os.close(inside)
+        shown = ""
+        while f"{len(NAMES)} connections, 0 established" not in shown or shown[-1] == "\x1b":
+            shown += os.read(outside, 65536).decode()
+        watch.send_signal(signal.SIGINT)
+        with suppress(OSError):  # EIO: the other end is closed
+            while part := os.read(outside, 65536):
+                shown += part.decode()
+    os.close(outside)
+
+    # What rich draws with: no cursor, back to the first line, bold, dim.
+    rest = re.sub(r"\x1b\[(\?25[lh]|2K|\d*A|[012]?m)|\r", "", shown)
+    assert all(line.isprintable() for line in rest.split("\n"))
+    last = shown.rpartition("connections, 0 established")[2]
+    assert len(re.findall(rf" {ALICE} +\d+ ", last)) == len(NAMES)
 
 
 def test_the_daemons_log_is_not_written_by_names(daemon: Daemon, party: Party) -> None:

@@ -135,6 +135,7 @@ class Load:
         self._thread.join()
 
 
+@pytest.mark.timeout(300 + 6 * ROUNDS)
 def test_servers_are_killed_under_load_and_nothing_is_missed_wrong_or_attached_twice(
     place: Place,
 ) -> None:

@@ -9,6 +9,7 @@ from google.rpc.status_pb2 import Status
 
 from harness.memory_view import LOOPBACK, OWN_NETNS, MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd.figures import FOUND, Figures
 from peercredd.records import Connection
 from peercredd.service import MAX_BATCH_KEYS, PAGE, PeerCredentialsService, RequestError
 from peercredd.store import Reason
@@ -365,6 +366,19 @@ def test_the_first_page_of_a_list_waits_for_no_other() -> None:
 
     assert len(next(pages).connections) == PAGE
     assert read == [PAGE]
+
+
+def test_each_outcome_of_a_lookup_is_counted() -> None:
+    figures = Figures()
+    view = MemoryView(connection(10))
+    service = PeerCredentialsService(view, figures=figures)
+    service.lookup(pb.LookupRequest(key=by_cookie(10)))
+    for attached in (True, False):
+        view.attached = dict.fromkeys(view.attached, attached)
+        with pytest.raises(RequestError):
+            service.lookup(pb.LookupRequest(key=by_cookie(11)))
+
+    assert figures.lookups == {FOUND: 1, "NEVER_SEEN": 1, "CAPTURE_LOST": 1}
 
 
 def test_filters_of_a_list_are_all_to_be_passed() -> None:
