@@ -7,6 +7,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from statistics import median
 from typing import NamedTuple
 
 import click
@@ -28,7 +29,7 @@ KINDS = (UNIX, SERVER, CLIENT, *OTHERS)
 TO_UNHOOKED = Target(1.85)
 TO_HOOKED = Target(1.0)
 ELSEWHERE = Target(1.02)
-"""That is x1.00: shortest times of equal things still differ by so much."""
+"""That is x1.00: times of equal things still differ by so much."""
 
 
 class Place(NamedTuple):
@@ -42,8 +43,9 @@ class Place(NamedTuple):
 def measure(effort: Effort, daemon: Daemon) -> list[Section]:
     """Same CPU; in each round once with nothing attached, in the hooked cgroup, and in another.
 
-    The shortest time of each counts: calls this short are only ever lengthened by what else
-    the machine does.
+    A round's figure is its shortest stretch, as calls this short are only ever lengthened by what
+    else the machine does; and of the rounds' the median counts, as in one of them the whole CPU
+    may have been faster.
     """
     with (
         compiled(SOURCE) as program,
@@ -62,11 +64,10 @@ def measure(effort: Effort, daemon: Daemon) -> list[Section]:
             for place in places[first:] + places[:first]:
                 with _attached(daemon) if place.is_attached else nullcontext():
                     rounds[place.name].append(times_in(place.cgroup))
-    best = {
-        name: dict(zip(KINDS, map(min, zip(*taken, strict=True)), strict=True))
-        for name, taken in rounds.items()
-    }
-    unhooked, hooked, elsewhere = best.values()
+    unhooked, hooked, elsewhere = (
+        dict(zip(KINDS, map(median, zip(*taken, strict=True)), strict=True))
+        for taken in rounds.values()
+    )
     columns = tuple(place.name for place in places)
     times = tuple(
         Row(kind, (unhooked[kind], hooked[kind], elsewhere[kind]), Unit.SECONDS) for kind in KINDS
