@@ -15,7 +15,7 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from vagrant import box, kernels, report, suite
+from vagrant import box, kernels, package, report, suite
 from vagrant.errors import LabError
 from vagrant.kernels import KERNELS, Kernel
 from vagrant.machine import accelerator, require_space, running
@@ -101,6 +101,35 @@ def test_all(jobs: int, pytest: tuple[str, ...]) -> None:
     _test(list(KERNELS.values()), (), pytest, jobs)
 
 
+@main.command("vm-deb")
+@click.argument("kernel")
+def deb(kernel: str) -> None:
+    r"""Build the Debian package, and see it live and go in a machine with KERNEL.
+
+    The machine is one of Debian's that has nothing the package needs: a box of its own. In
+    it, apt installs the package, then one of a newer version; the daemon is restarted, stopped
+    and killed; and the package is purged. Connections of several users have to be answered for
+    throughout, and nothing may be left behind. What is done is tests/vm/deb/life.sh.
+
+    The package is built for this machine's Python: KERNEL has to be of the same release of
+    Debian.
+
+    \b
+    ./dev vm-deb debian12
+    """
+    boxed = box.get(kernels.find(kernel).bare())
+    logs = _results() / boxed.kernel.name
+    logs.mkdir(parents=True)
+    is_kept = _wait_for(_see_package(boxed, logs))
+    click.echo(f"Logs: {logs}")
+    if not is_kept:
+        raise SystemExit(1)
+
+
+async def _see_package(boxed: box.Box, logs: Path) -> bool:
+    return await package.see(boxed, await accelerator(boxed), _cpus(1), logs)
+
+
 @main.command("vm-shell")
 @click.argument("kernel")
 def shell(kernel: str) -> None:
@@ -133,8 +162,7 @@ def _test(
     wanted: Sequence[Kernel], only: Sequence[str], arguments: Sequence[str], jobs: int
 ) -> None:
     boxes = [box.get(kernel) for kernel in wanted]
-    results = Path(os.environ.get("PEERCREDD_VM_RESULTS", PROJECT / "vm-results")).absolute()
-    results /= f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
+    results = _results()
     outcomes = _wait_for(_test_boxes(boxes, only, arguments, jobs, results))
     Console(width=WIDTH).print(report.render(outcomes))
     click.echo(f"Results and logs: {results}")
@@ -166,6 +194,11 @@ async def _test_boxes(
     async with asyncio.TaskGroup() as group:
         tests = [group.create_task(test_one(boxed)) for boxed in boxes]
     return [outcome for task in tests for outcome in task.result()]
+
+
+def _results() -> Path:
+    results = Path(os.environ.get("PEERCREDD_VM_RESULTS", PROJECT / "vm-results")).absolute()
+    return results / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{os.getpid()}"
 
 
 def _cpus(jobs: int) -> int:

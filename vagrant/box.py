@@ -179,7 +179,7 @@ def _build(box: Box, folder: Path) -> None:
         "--mode=root",
         "--variant=minbase",
         f"--architectures={recipe.ARCHITECTURE}",
-        f"--include={','.join([*recipe.packages(), box.kernel.package])}",
+        f"--include={','.join([*recipe.packages(box.kernel), box.kernel.package])}",
         *(f"--aptopt={line}" for line in _settings_of_apt()),
         "--dpkgopt=force-unsafe-io",
         box.kernel.suite,

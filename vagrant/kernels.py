@@ -31,6 +31,12 @@ class Kernel(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Each has to pass every kernel and conformance test."""
     reason: str = ""
     """Why the kernel is too old, or a hook set is not among those."""
+    is_bare: bool = False
+    """Whether its box has nothing that the project needs."""
+
+    def bare(self) -> Kernel:
+        """The same, for a box of its own without what the project needs."""
+        return msgspec.structs.replace(self, name=f"{self.name}-bare", is_bare=True)
 
 
 class _List(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

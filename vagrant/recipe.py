@@ -31,15 +31,20 @@ PACKAGES = (
     "systemd-resolved",
     "systemd-sysv",
     "udev",
+    # What is attached in the kernel, whoever attached it.
+    "bpftool",
+)
+"""What makes a machine of it: a bare one, which has nothing that the project needs."""
+
+MORE_PACKAGES = (
     # What the benchmark compares with.
     "bpfcc-tools",
     # For hands.
-    "bpftool",
     "less",
     "strace",
     "tcpdump",
 )
-"""What makes a machine of it; what the project needs comes from `./dev packages`."""
+"""What other machines have besides; what the project needs comes from `./dev packages`."""
 
 # The well-known key that `vagrant ssh` tries first. Machines that the lab boots itself
 # take it away again before ssh starts.
@@ -90,12 +95,14 @@ COMMANDS = (
 """What is done in the box's root once `FILES` are there."""
 
 
-def packages() -> list[str]:
+def packages(kernel: Kernel) -> list[str]:
     """Every package of a box but the kernel; those of the project as `./dev` lists them."""
+    if kernel.is_bare:
+        return sorted(PACKAGES)
     listed = subprocess.run(
         [PROJECT / "dev", "packages"], stdout=subprocess.PIPE, text=True, check=True
     )
-    return sorted({*PACKAGES, *listed.stdout.split()})
+    return sorted({*PACKAGES, *MORE_PACKAGES, *listed.stdout.split()})
 
 
 def sources(kernel: Kernel, mirror: str) -> list[str]:
@@ -109,5 +116,7 @@ def sources(kernel: Kernel, mirror: str) -> list[str]:
 def fingerprint(kernel: Kernel) -> str:
     """What a box is made of, in 12 hexadecimal digits."""
     made_of = hashlib.sha256(Path(__file__).read_bytes())
-    made_of.update(msgspec.json.encode([packages(), kernel.suite, kernel.archives, kernel.package]))
+    made_of.update(
+        msgspec.json.encode([packages(kernel), kernel.suite, kernel.archives, kernel.package])
+    )
     return made_of.hexdigest()[:12]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import click
@@ -56,18 +56,23 @@ class Guest:
         await must(*command, log=fetched, failing=f"the machine has no {file}")
         return fetched
 
+    def reach_what_the_host_reaches(self) -> Path | None:
+        """Give commands its way to package indexes; returns the CA bundle for it, if any."""
+        self._environment, bundle = index.settings()
+        return bundle
+
     async def install(self) -> None:
         """Bring the tree here and install it as README tells everybody to."""
         log = self.logs / "install.log"
-        self._environment, bundle = index.settings()
+        bundle = self.reach_what_the_host_reaches()
         # Most of what is installed is never imported here.
         self._environment["PIP_NO_COMPILE"] = "1"
         if bundle:
             self._environment["PIP_CERT"] = CA_BUNDLE
-            await self._copy(log, str(bundle.resolve()), CA_BUNDLE)
+            await self.copy(log, str(bundle.resolve()), CA_BUNDLE)
         # Not git's list of files: git refuses a tree that is another user's.
         leave_out = ("--filter=:- .gitignore", "--exclude=/.git")
-        await self._copy(log, *leave_out, f"{PROJECT}/", f"{FOLDER}/")
+        await self.copy(log, *leave_out, f"{PROJECT}/", f"{FOLDER}/")
         await must(
             *self._over_ssh("./dev setup"),
             log=log,
@@ -83,13 +88,14 @@ class Guest:
         in_folder = f"cd {FOLDER} && env {settings} sh -c {shlex.quote(command)}"
         return [*self.machine.ssh(), in_folder]
 
-    async def _copy(self, log: Path, *arguments: str) -> None:
+    async def copy(self, log: Path, *arguments: str) -> None:
+        """Let rsync copy files here; its options and sources, and then the target here."""
         shell = shlex.join(self.machine.ssh()[:-1])
         source = [*arguments[:-1], f"root@127.0.0.1:{arguments[-1]}"]
         await must(
             *("rsync", "--archive", "--rsh", shell, *source),
             log=log,
-            failing="the tree could not be copied into the machine",
+            failing="files could not be copied into the machine",
         )
 
 
@@ -127,15 +133,9 @@ async def test(
             guest = Guest(machine, logs)
             await _test_in(guest, kernel, outcomes, PATIENCE[accelerator], arguments, echo)
 
-    lost = []
+    lost: list[str] = []
     try:
-        try:
-            await attempt(logs)
-        except MachineError as error:
-            lost.append(f"{error}; booted anew, once")
-            click.echo(f"{error.log}\n{lost[0]}", err=True)
-            (logs / AGAIN).mkdir()
-            await attempt(logs / AGAIN)
+        await with_a_second_machine(attempt, logs, lost)
     except LabError as error:
         for outcome in outcomes.values():
             outcome.problem = outcome.problem or str(error)
@@ -144,6 +144,25 @@ async def test(
     for outcome in outcomes.values():
         outcome.remarks += lost
     return list(outcomes.values())
+
+
+async def with_a_second_machine(
+    attempt: Callable[[Path], Awaitable[None]], logs: Path, lost: list[str]
+) -> None:
+    """Do in a machine what `attempt` does; if the machine is lost, once more in another.
+
+    Args:
+        attempt: Takes a folder for logs.
+        logs: An existing folder; the second machine's logs are in a folder of it.
+        lost: Is told in a line of a machine that was lost.
+    """
+    try:
+        await attempt(logs)
+    except MachineError as error:
+        lost.append(f"{error}; booted anew, once")
+        click.echo(f"{error.log}\n{lost[0]}", err=True)
+        (logs / AGAIN).mkdir()
+        await attempt(logs / AGAIN)
 
 
 async def _test_in(

@@ -48,6 +48,16 @@ def test_without_qemu_and_without_apt_it_says_what_to_install(dev: Path, tmp_pat
     assert "qemu-system-x86" in done.stderr
 
 
+def test_a_package_of_what_is_no_version_is_not_begun(dev: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [dev, "deb", "newest", tmp_path / "debs"], stderr=subprocess.PIPE, text=True, check=False
+    )
+
+    assert done.returncode == 1
+    assert done.stderr.endswith("./dev: 'newest' is no version: ./dev deb 0.1.0+1\n")
+    assert not (tmp_path / "debs").exists()
+
+
 def test_a_box_is_built_of_every_package_that_dev_installs() -> None:
     listed = subprocess.check_output([PROJECT / "dev", "packages"], text=True).split()
 

@@ -37,7 +37,7 @@ def test_a_machine_of_vagrants_runs_the_unit_that_is_packaged() -> None:
     parsed = configparser.ConfigParser(strict=True)
     parsed.read_string(unit)
     assert parsed.sections() == ["Unit", "Service", "Install"]
-    program = Path(parsed["Service"]["ExecStart"])
+    program = Path(parsed["Service"]["ExecStart"].split()[0])
     assert f".venv/bin/{program.name}" in PROVISION
     assert f"{program.parent}/" in PROVISION
 

@@ -1,0 +1,24 @@
+import configparser
+import re
+import tomllib
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parents[2]
+PACKAGING = PROJECT / "packaging"
+
+
+def test_the_debian_package_has_the_projects_version() -> None:
+    project = tomllib.loads((PROJECT / "pyproject.toml").read_text())["project"]
+    newest = (PACKAGING / "debian" / "changelog").read_text().splitlines()[0]
+
+    assert newest.startswith(f"peercredd ({project['version']}) ")
+
+
+def test_the_unit_leaves_the_capture_in_the_kernel_and_the_removal_of_the_package_ends_it() -> None:
+    unit = configparser.ConfigParser(strict=True)
+    unit.read(PACKAGING / "peercredd.service")
+    prerm = (PACKAGING / "debian" / "peercredd.prerm").read_text()
+
+    assert unit["Service"]["ExecStart"] == "/usr/bin/peercredd --keep"
+    # What is put in the place of #DEBHELPER# stops the service.
+    assert re.search(r"#DEBHELPER#.*\bpeercredd unload\b", prerm, re.DOTALL)
