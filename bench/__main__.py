@@ -14,7 +14,19 @@ import click
 from pyroute2 import IPRoute
 from rich.console import Console
 
-from bench import capture, hook_sets, lookups, memory, servers, so_peercred, startup
+from bench import (
+    capture,
+    flood,
+    hook_sets,
+    lookups,
+    memory,
+    policy,
+    servers,
+    so_peercred,
+    soak,
+    startup,
+    watchers,
+)
 from bench.daemon import Daemon, running
 from bench.effort import FULL, QUICK, Effort
 from bench.table import Section, as_json, render
@@ -24,10 +36,10 @@ WIDTH = 160
 
 
 def _on_a_daemon(
-    measure: Callable[[Effort, Daemon], list[Section]], *options: str
+    measure: Callable[[Effort, Daemon], list[Section]], *options: str, tcp: bool = False
 ) -> Callable[[Effort], list[Section]]:
     def on_a_fresh_one(effort: Effort) -> list[Section]:
-        with running(*options) as daemon:
+        with running(*options, tcp=tcp) as daemon:
             return measure(effort, daemon)
 
     return on_a_fresh_one
@@ -40,9 +52,15 @@ MEASUREMENTS: dict[str, Callable[[Effort], list[Section]]] = {
     "so-peercred": _on_a_daemon(so_peercred.measure),
     "lookups": lookups.measure,
     "servers": _on_a_daemon(servers.measure),
+    "policy": _on_a_daemon(policy.measure),
+    "flood": _on_a_daemon(flood.measure, "--max-connections", str(flood.TABLE), tcp=True),
+    "watchers": _on_a_daemon(watchers.measure),
     "memory": _on_a_daemon(memory.measure),
     "startup": startup.measure,
+    "soak": _on_a_daemon(soak.measure, tcp=True),
 }
+ONLY_IF_ASKED_FOR = ("soak",)
+"""It takes half an hour."""
 
 
 @click.command()
@@ -51,7 +69,12 @@ MEASUREMENTS: dict[str, Callable[[Effort], list[Section]]] = {
     "--only",
     multiple=True,
     type=click.Choice(list(MEASUREMENTS)),
-    help="Measure this alone. May be repeated.",
+    help="Measure this alone. May be repeated. soak is measured only if it is named.",
+)
+@click.option(
+    "--minutes",
+    type=click.IntRange(min=1),
+    help=f"How long to soak. Default: {FULL.soak_minutes}; with --quick {QUICK.soak_minutes}.",
 )
 @click.option(
     "--json",
@@ -59,23 +82,27 @@ MEASUREMENTS: dict[str, Callable[[Effort], list[Section]]] = {
     type=click.Path(dir_okay=False, writable=True, path_type=Path),
     help="Write the figures there too, in seconds, bytes and counts.",
 )
-def main(quick: bool, only: tuple[str, ...], file: Path | None) -> None:
+def main(quick: bool, only: tuple[str, ...], minutes: int | None, file: Path | None) -> None:
     """Measure peercredd against doing without it, and against its rivals.
 
     Prints one table. Needs root: it loads BPF programs, bounded to cgroups of its own, and
     works in a network namespace of its own. Where the kernel lets programs trace it, "hook-sets"
-    compares some that see the whole host.
+    compares some that see the whole host. "soak" is no part of a run without --only: it keeps
+    the machine at its limit for half an hour.
     """
     if os.geteuid() != 0:
         raise click.ClickException("the benchmark loads BPF programs: run it as root")
     signal.signal(signal.SIGTERM, _unwind)
     _enter_own_network()
     load = os.getloadavg()[0]
+    effort = QUICK if quick else FULL
+    if minutes is not None:
+        effort = effort._replace(soak_minutes=minutes)
     console = Console(stderr=True)
     sections: list[Section] = []
-    for name in only or MEASUREMENTS:
+    for name in only or [each for each in MEASUREMENTS if each not in ONLY_IF_ASKED_FOR]:
         with console.status(f"measuring {name}"):
-            sections += MEASUREMENTS[name](QUICK if quick else FULL)
+            sections += MEASUREMENTS[name](effort)
     # Whole, also where the output is a file or a narrow window.
     Console(width=WIDTH).print(render(sections, _machine(load)))
     if file is not None:

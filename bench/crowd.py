@@ -72,14 +72,14 @@ def question(accepted: socket.socket, uid: int, pid: int) -> Question:
     return Question(
         accepted.getsockname(),
         accepted.getpeername(),
-        _cookie(accepted, SO_COOKIE),
-        _cookie(accepted, SO_NETNS_COOKIE),
+        cookie(accepted),
+        cookie(accepted, SO_NETNS_COOKIE),
         uid,
         pid,
     )
 
 
-def _cookie(sock: socket.socket, option: int) -> int:
+def cookie(sock: socket.socket, option: int = SO_COOKIE) -> int:
     return int.from_bytes(sock.getsockopt(socket.SOL_SOCKET, option, 8), sys.byteorder)
 
 

@@ -2,7 +2,7 @@
  * What one loopback connection costs: socket, connect, accept, close, close, by
  * one task on one CPU.
  *
- *   cycle FAMILY CLOSING CYCLES
+ *   cycle FAMILY CLOSING CYCLES WARM_UP_CYCLES
  *
  * FAMILY is 4 or 6; CLOSING is "fin" or "reset". Each line of input names a cgroup's
  * directory and is answered with one line: CPU and elapsed time, in ns, of one cycle
@@ -25,8 +25,6 @@
 #include <sys/socket.h>
 #include <time.h>
 #include <unistd.h>
-
-#define WARM_UP_CYCLES 200
 
 struct server {
 	int fd;
@@ -131,14 +129,14 @@ static void cycle(const struct server *server, int reset)
 
 /* A new listener each time: a socket belongs to the cgroup it was made in, and a
  * port of its own never meets the TIME_WAIT sockets of an earlier round. */
-static struct cost measure(const char *cgroup, int family, int reset, int cycles)
+static struct cost measure(const char *cgroup, int family, int reset, int cycles, int warm_up)
 {
 	struct server server;
 	struct cost cost;
 
 	enter_cgroup(cgroup);
 	server = listen_on_loopback(family);
-	for (int i = 0; i < WARM_UP_CYCLES; i++)
+	for (int i = 0; i < warm_up; i++)
 		cycle(&server, reset);
 	cost.cpu_ns = -now_ns(CLOCK_PROCESS_CPUTIME_ID);
 	cost.elapsed_ns = -now_ns(CLOCK_MONOTONIC);
@@ -156,19 +154,20 @@ int main(int argc, char **argv)
 {
 	char cgroup[4096];
 
-	if (argc != 4)
-		errx(2, "usage: cycle 4|6 fin|reset CYCLES");
+	if (argc != 5)
+		errx(2, "usage: cycle 4|6 fin|reset CYCLES WARM_UP_CYCLES");
 
 	int family = strcmp(argv[1], "6") ? AF_INET : AF_INET6;
 	int reset = !strcmp(argv[2], "reset");
 	int cycles = atoi(argv[3]);
+	int warm_up = atoi(argv[4]);
 
 	pin_to_last_allowed_cpu();
 	enter_own_network();
 	while (scanf("%4095[^\n]%*c", cgroup) == 1) {
-		struct cost cost = measure(cgroup, family, reset, cycles);
+		struct cost cost = measure(cgroup, family, reset, cycles, warm_up);
 
-		printf("%.0f %.0f %d\n", cost.cpu_ns, cost.elapsed_ns, WARM_UP_CYCLES + cycles);
+		printf("%.0f %.0f %d\n", cost.cpu_ns, cost.elapsed_ns, warm_up + cycles);
 		fflush(stdout);
 	}
 	return 0;

@@ -14,6 +14,7 @@ from typing import NamedTuple, Self
 import click
 
 SOURCE = Path(__file__).with_name("cycle.c")
+WARM_UP_CYCLES = 200
 
 
 class Cost(NamedTuple):
@@ -45,9 +46,16 @@ class Cycle:
     else ran on that CPU.
     """
 
-    def __init__(self, program: Path, family: str, closing: str, cycles: int) -> None:
+    def __init__(
+        self,
+        program: Path,
+        family: str,
+        closing: str,
+        cycles: int,
+        warm_up_cycles: int = WARM_UP_CYCLES,
+    ) -> None:
         self._process = subprocess.Popen(
-            [program, family, closing, str(cycles)],
+            [program, family, closing, str(cycles), str(warm_up_cycles)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

@@ -16,12 +16,19 @@ from pathlib import Path
 from typing import NamedTuple
 
 import click
+import grpc
 
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
+from peercredd.defaults import TCP_PORT
 from peercredd.mounts import cgroup_directory
 
 START_SECONDS = 60
 STOP_SECONDS = 20
 POLL_SECONDS = 0.002
+
+TCP_ADDRESS = f"127.0.0.1:{TCP_PORT}"
+"""Free in the benchmark's own network namespace."""
 
 COMMAND = (sys.executable, "-m", "peercredd")
 
@@ -30,7 +37,7 @@ class Daemon(NamedTuple):
     """A running daemon and what is its own."""
 
     cgroup: Path
-    """Captured: the benchmark is in it while the daemon runs."""
+    """Captured: the benchmark and the daemon are in it."""
     pin_dir: Path
     socket: Path
     exec_time: float
@@ -40,6 +47,11 @@ class Daemon(NamedTuple):
     def address(self) -> str:
         """For gRPC."""
         return f"unix:{self.socket}"
+
+    def status(self) -> pb.GetStatusResponse:
+        """What it says of itself."""
+        with grpc.insecure_channel(self.address) as channel:
+            return pb_grpc.PeerCredentialsStub(channel).GetStatus(pb.GetStatusRequest())
 
 
 @contextmanager
@@ -54,12 +66,17 @@ def cgroup(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def running(*options: str) -> Iterator[Daemon]:
-    """Start a daemon, wait until its socket answers, enter its cgroup; undo it all."""
+def running(*options: str, tcp: bool = False) -> Iterator[Daemon]:
+    """Enter a cgroup, start a daemon in it, wait until its socket answers; undo it all.
+
+    With `tcp` everybody may ask it at TCP_ADDRESS, too.
+    """
     with (
         tempfile.TemporaryDirectory(prefix=f"peercredd-bench-{os.getpid()}-") as folder,
         cgroup(Path(folder).name) as captured,
         open(Path(folder) / "log", "w+b") as log,
+        # The daemon too: else it would not know its callers on TCP.
+        _inside(captured),
     ):
         pin_dir = Path("/sys/fs/bpf") / captured.name
         path = Path(folder) / "run" / "peercredd.sock"
@@ -67,7 +84,8 @@ def running(*options: str) -> Iterator[Daemon]:
         process = subprocess.Popen(
             [
                 *COMMAND,
-                *("--config", "/dev/null", "--group", "root", "--no-tcp"),
+                *("--config", "/dev/null", "--group", "root"),
+                *(() if tcp else ("--no-tcp",)),
                 *("--cgroup", str(captured)),
                 *("--pin-dir", str(pin_dir), "--socket", str(path)),
                 *("--so-peercred-state", str(Path(folder) / "so_peercred.json")),
@@ -80,8 +98,7 @@ def running(*options: str) -> Iterator[Daemon]:
         )
         try:
             _wait_until_listening(process, path)
-            with _inside(captured):
-                yield Daemon(captured, pin_dir, path, exec_time)
+            yield Daemon(captured, pin_dir, path, exec_time)
         except _StartError as failure:
             log.seek(0)
             raise click.ClickException(f"{failure}:\n{log.read().decode()}") from None

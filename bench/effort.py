@@ -24,6 +24,16 @@ class Effort(NamedTuple):
     call_rounds: int = 20
     """Stretches of each kind, taken in turns."""
     starts: int = 5
+    policy_seconds: float = 0.5
+    """One stretch of calls with policy on, or off."""
+    policy_rounds: int = 30
+    flood_seconds: float = 0.5
+    """One stretch of calls, alone or under flood."""
+    flood_rounds: int = 20
+    watch_seconds: float = 3.0
+    """One stretch of calls, with watchers or without."""
+    watch_rounds: int = 6
+    soak_minutes: int = 30
 
 
 FULL = Effort()
@@ -37,4 +47,11 @@ QUICK = Effort(
     call_seconds=0.1,
     call_rounds=8,
     starts=2,
+    policy_seconds=0.2,
+    policy_rounds=6,
+    flood_seconds=0.2,
+    flood_rounds=4,
+    watch_seconds=1.0,
+    watch_rounds=2,
+    soak_minutes=1,
 )

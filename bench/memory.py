@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import grpc
 import psutil
 
 from bench.callers import callers, stretch
@@ -10,8 +9,6 @@ from bench.crowd import Crowd
 from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
-from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
 TARGET_BYTES = 70e6
 """Of both together: each has a Python of its own."""
@@ -20,8 +17,7 @@ CALLERS = 4
 
 def measure(effort: Effort, daemon: Daemon) -> list[Section]:
     """After the start, and after a load of every kind of call."""
-    with grpc.insecure_channel(daemon.address) as channel:
-        status = pb_grpc.PeerCredentialsStub(channel).GetStatus(pb.GetStatusRequest())
+    status = daemon.status()
     processes = [psutil.Process(pid) for pid in (status.server_pid, status.daemon_pid)]
     rows = [_row("After the start", processes)]
     sockets = effort.open_sockets[-1]

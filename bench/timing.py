@@ -1,10 +1,10 @@
-"""The time of one call: a median, within a budget."""
+"""The time of one call: a median, within a budget; and the slowest of many."""
 
 from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import TypeVar
 
 FEWEST_CALLS = 3
@@ -29,3 +29,9 @@ def median_seconds(budget: float, *calls: tuple[Callable[[T], object], Iterator[
             call(argument)
             spent.append(time.perf_counter() - start)
     return [statistics.median(spent) for spent in times]
+
+
+def percentile(percent: int, times: Sequence[float]) -> float:
+    """The time that so many percent of the calls took at most."""
+    ranked = sorted(times)
+    return ranked[max(0, -(-len(ranked) * percent // 100) - 1)]

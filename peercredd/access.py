@@ -7,7 +7,6 @@ a search took less than the longest possible one is made up for.
 
 from __future__ import annotations
 
-import dataclasses
 import grp
 import pwd
 from collections import Counter
@@ -279,7 +278,7 @@ class OwnView:
             return None
         if connection.listener is None:
             return connection
-        return dataclasses.replace(connection, listener=self._shown(connection.listener))
+        return connection._replace(listener=self._shown(connection.listener))
 
     def status(self) -> StoreStatus:
         """Return what tells of the capture, and of nobody whom it captures."""
@@ -334,8 +333,11 @@ class OwnView:
         )
 
     def _serves(self, connection: Connection) -> bool:
-        ends = connection.listener, connection.acceptor
-        return any(end is not None and end.euid == self._caller.uid for end in ends)
+        uid = self._caller.uid
+        listener, acceptor = connection.listener, connection.acceptor
+        return (listener is not None and listener.euid == uid) or (
+            acceptor is not None and acceptor.euid == uid
+        )
 
     def _shown(self, listener: Credentials) -> Credentials:
         if self._listener_details or listener.euid == self._caller.uid:

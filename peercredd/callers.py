@@ -5,8 +5,8 @@ is sound here, though a tuple alone names the newest connection only: while the 
 can still send, it has that tuple to itself in its network namespace, and the kernel lets no other
 connection be born with it. A caller that has reset its connection so that another may take
 the tuple is perhaps taken for that other one, and gets nothing: the answer goes to the
-socket that was reset. So nothing is remembered from one call to the next, and what a call
-was admitted as it stays until its end.
+socket that was reset. So who calls is not remembered from one call to the next, only what the
+bytes of a record mean; and what a call was admitted as it stays until its end.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from __future__ import annotations
 import os
 import stat
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import lru_cache
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
 from google.rpc import code_pb2
 
-from peercredd import encode
+from peercredd import encode, records
 from peercredd.access import Caller, OwnView, Policy, Refusals, Refused
 from peercredd.records import V4_MAPPED
 from peercredd.service import PeerCredentialsService, RequestError
@@ -38,6 +39,9 @@ MAX_LISTS_PER_USER: Final = 2
 MAX_CONNECTIONS_PER_USER: Final = 64
 """Of users who do not see all: 20 KB each while idle. So many too are allowed to all together of
 whom there is no record."""
+
+_REMEMBERED: Final = 256
+"""Connections of callers, of which it is known what their records mean: half a megabyte."""
 
 _LOOPBACK_V4: Final = V4_MAPPED + bytes([127, 0, 0, 1])
 _LOOPBACK_V6: Final = bytes(15) + b"\1"
@@ -77,45 +81,49 @@ class Callers:
         self._service = service
         self._calls: Counter[int] = Counter()
         self._lists: Counter[int] = Counter()
+        # For each call the table is asked; but the same bytes always mean the same.
+        self._tuple = lru_cache(_REMEMBERED)(self._tuple_of)
+        self._admission = lru_cache(_REMEMBERED)(self._admission_of)
 
-    @contextmanager
-    def admitted(self, peer: str, *, lists: bool = False) -> Iterator[PeerCredentialsService]:
-        """Yield what answers one call.
+    def admitted(
+        self, peer: str, *, lists: bool = False
+    ) -> AbstractContextManager[PeerCredentialsService]:
+        """Return a context in which one call is under way; it yields what answers.
 
         Args:
             peer: of the call's connection, as gRPC writes it.
             lists: whether it is a ListConnections.
 
         Raises:
-            RequestError: the caller is not known, or has too many calls under way.
+            RequestError: the caller is not known; or on entering, has too many calls under way.
         """
-        caller = self.identify(peer)
-        access = self._policy.access(caller.peer)
-        if access.sees_all:
-            yield self._service(self.store, access)
-            return
-        uid = caller.peer.euid
-        view = OwnView(
-            self.store,
-            Caller(uid, caller.server_socket_cookie),
-            self._refusals,
-            listener_details=access.listener_details,
-        )
-        with self._counted(self._calls, uid, MAX_CALLS_PER_USER, "calls"):
-            service = self._service(view, access)
-            if not lists:
-                yield service
-                return
-            with self._counted(self._lists, uid, MAX_LISTS_PER_USER, "calls of ListConnections"):
-                yield service
+        return self._admission(*self._identify(peer), lists)
 
-    def identify(self, peer: str) -> Answer:
-        """Find the connection of a call; raises RequestError where there is no record of it."""
-        found = self._find(peer)
-        if isinstance(found, Answer) and found.asker_is_server:
+    def begin(self, uid: int, *, lists: bool) -> None:
+        """Count a call. Raises RequestError if there are as many as one user may have."""
+        if self._calls[uid] >= MAX_CALLS_PER_USER:
+            raise self._too_many(uid, MAX_CALLS_PER_USER, "calls")
+        if lists:
+            if self._lists[uid] >= MAX_LISTS_PER_USER:
+                raise self._too_many(uid, MAX_LISTS_PER_USER, "calls of ListConnections")
+            self._lists[uid] += 1
+        self._calls[uid] += 1
+
+    def end(self, uid: int, *, lists: bool) -> None:
+        """Count it no more."""
+        for counter in (self._calls, self._lists) if lists else (self._calls,):
+            counter[uid] -= 1
+            if not counter[uid]:
+                del counter[uid]
+
+    def _identify(self, peer: str) -> tuple[int, bytes]:
+        """Cookie of the daemon's socket, and record of the caller; RequestError if it has none."""
+        key = self._tuple(peer)
+        if key and (found := self.store.client_of(key)):
             return found
         self._refusals.count(Refused.CALLER_UNKNOWN, None)
-        reason = found if isinstance(found, Reason) else Reason.NEVER_SEEN
+        absent = self._connection(*_endpoint(peer)) if key else Reason.NEVER_SEEN
+        reason = absent if isinstance(absent, Reason) else Reason.NEVER_SEEN
         raise RequestError(
             encode.error(
                 code_pb2.UNAUTHENTICATED,
@@ -177,39 +185,76 @@ class Callers:
         """Whether there is a record of a connection from that end to this port."""
         return isinstance(self._connection(host, port), Answer)
 
-    def _find(self, peer: str) -> Answer | Reason:
-        # "ipv4:127.0.0.1:50000" or "ipv6:%5B::1%5D:50000".
-        family, _, endpoint = unquote(peer).partition(":")
-        host, _, port = endpoint.rpartition(":")
-        if family not in ("ipv4", "ipv6"):
-            return Reason.NEVER_SEEN
-        return self._connection(host.strip("[]"), int(port))
+    def _tuple_of(self, peer: str) -> bytes | None:
+        """The tuple of a call's connection; None if it is none over TCP."""
+        if not peer.startswith(("ipv4:", "ipv6:")):
+            return None
+        host, port = _endpoint(peer)
+        here, there = _addresses(host)
+        return records.TUPLE.pack(self.store.own_netns_cookie, there, here, port, self.port)
+
+    def _admission_of(
+        self, cookie: int, client: bytes, lists: bool
+    ) -> AbstractContextManager[PeerCredentialsService]:
+        caller = records.credentials(client, 0)
+        access = self._policy.access(caller)
+        if access.sees_all:
+            return nullcontext(self._service(self.store, access))
+        view = OwnView(
+            self.store,
+            Caller(caller.euid, cookie),
+            self._refusals,
+            listener_details=access.listener_details,
+        )
+        return _Admitted(self, caller.euid, lists, self._service(view, access))
 
     def _connection(self, host: str, port: int) -> Answer | Reason:
-        # What is listened on is bound to one address each: a connection's family says which.
-        if ":" in host:
-            here, there = _LOOPBACK_V6, inet_pton(AF_INET6, host)
-        else:
-            here, there = _LOOPBACK_V4, V4_MAPPED + inet_pton(AF_INET, host)
-        netns_cookie = self.store.own_netns_cookie
-        return self.store.find_by_tuple(netns_cookie, here, self.port, there, port)
+        here, there = _addresses(host)
+        return self.store.find_by_tuple(self.store.own_netns_cookie, here, self.port, there, port)
 
-    @contextmanager
-    def _counted(self, counter: Counter[int], uid: int, most: int, what: str) -> Iterator[None]:
-        if counter[uid] >= most:
-            self._refusals.count(Refused.TOO_MANY_CALLS, uid)
-            raise RequestError(
-                encode.error(
-                    code_pb2.RESOURCE_EXHAUSTED,
-                    Refused.TOO_MANY_CALLS.value,
-                    f"you have {most} {what} under way, as many as one user may have; "
-                    "end some, or ask again later",
-                )
+    def _too_many(self, uid: int, most: int, what: str) -> RequestError:
+        self._refusals.count(Refused.TOO_MANY_CALLS, uid)
+        return RequestError(
+            encode.error(
+                code_pb2.RESOURCE_EXHAUSTED,
+                Refused.TOO_MANY_CALLS.value,
+                f"you have {most} {what} under way, as many as one user may have; "
+                "end some, or ask again later",
             )
-        counter[uid] += 1
-        try:
-            yield
-        finally:
-            counter[uid] -= 1
-            if not counter[uid]:
-                del counter[uid]
+        )
+
+
+class _Admitted:
+    """Calls of one user who does not see all, while they are under way."""
+
+    __slots__ = ("_callers", "_lists", "_service", "_uid")
+
+    def __init__(
+        self, callers: Callers, uid: int, lists: bool, service: PeerCredentialsService
+    ) -> None:
+        self._callers = callers
+        self._uid = uid
+        self._lists = lists
+        self._service = service
+
+    def __enter__(self) -> PeerCredentialsService:
+        self._callers.begin(self._uid, lists=self._lists)
+        return self._service
+
+    def __exit__(self, *_: object) -> None:
+        self._callers.end(self._uid, lists=self._lists)
+
+
+def _endpoint(peer: str) -> _Peer:
+    """Out of "ipv4:127.0.0.1:50000" or "ipv6:%5B::1%5D:50000"."""
+    _, _, endpoint = unquote(peer).partition(":")
+    host, _, port = endpoint.rpartition(":")
+    return _Peer(host.strip("[]"), int(port))
+
+
+def _addresses(host: str) -> tuple[bytes, bytes]:
+    """The daemon's own address in a connection of that client, and the client's: 16 bytes each."""
+    # What is listened on is bound to one address each: a connection's family says which.
+    if ":" in host:
+        return _LOOPBACK_V6, inet_pton(AF_INET6, host)
+    return _LOOPBACK_V4, V4_MAPPED + inet_pton(AF_INET, host)

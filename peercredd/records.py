@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 import sys
-from dataclasses import dataclass
 from typing import NamedTuple
 
 MAX_GROUPS = 32
@@ -224,8 +223,7 @@ class Holdings(NamedTuple):
     """Listeners of it that are in ``reset_in_queue``."""
 
 
-@dataclass(frozen=True, slots=True)
-class Connection:
+class Connection(NamedTuple):
     """``struct connection``: one established connection, keyed by its server socket's cookie."""
 
     tuple: Tuple

@@ -22,7 +22,7 @@ from contextlib import (
     nullcontext,
 )
 from dataclasses import dataclass
-from typing import Any, Final, NamedTuple, NoReturn, TypeAlias, TypeVar
+from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -292,27 +292,87 @@ async def _log_refusals(refusals: Refusals) -> None:
         refusals.write_log()
 
 
-class Gate(NamedTuple):
+class Gate:
     """How calls come to a server."""
 
-    admit: Admit
-    streams: Places
-    counts_early: bool
-    """Whether a caller is known, and counted, before the message of its call has come. gRPC is
-    told then that the call takes a stream of messages, which on the wire is the same, and costs
-    some 50 µs more."""
+    def __init__(self, admit: Admit, streams: Places, *, counts_early: bool) -> None:
+        """Let calls in.
+
+        Args:
+            admit: whom.
+            streams: how many.
+            counts_early: whether a caller is known, and counted, before the message of its call
+                has come. gRPC is told then that the call takes a stream of messages, which on
+                the wire is the same.
+        """
+        self.admit = admit
+        self.streams = streams
+        self._counts_early = counts_early
+        self._waiting: dict[asyncio.Task[Any], float] = {}
+        """Calls whose message has not come, and until when it may; the oldest first."""
+        self._is_watched = False
 
     def unary(self, handle: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Carry calls of one message and one answer."""
-        if self.counts_early:
+        if self._counts_early:
             return grpc.stream_unary_rpc_method_handler(handle)
         return grpc.unary_unary_rpc_method_handler(handle)
 
     def server_stream(self, handle: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Carry calls of one message and many answers."""
-        if self.counts_early:
+        if self._counts_early:
             return grpc.stream_stream_rpc_method_handler(handle)
         return grpc.unary_stream_rpc_method_handler(handle)
+
+    async def received(
+        self,
+        data: bytes | AsyncIterator[bytes],
+        context: _Context,
+        request_type: type[_Request],
+    ) -> _Request:
+        """Decode the one message of a call, having waited for it where gRPC has not.
+
+        Raises:
+            TimeoutError: it did not come.
+            DecodeError: it is none.
+        """
+        if isinstance(data, bytes):
+            return request_type.FromString(data)
+        # Not through the iterator: one that is not read to its end costs another task.
+        message = await self._next_message(context)
+        if not isinstance(message, bytes):
+            raise DecodeError("the call has no message")
+        return request_type.FromString(message)
+
+    async def _next_message(self, context: _Context) -> object:
+        # One timer for all calls: asyncio.timeout() would cost each a hundredth of its time.
+        task = asyncio.current_task()
+        assert task
+        loop = asyncio.get_running_loop()
+        self._waiting[task] = loop.time() + REQUEST_SECONDS
+        if not self._is_watched:
+            self._give_up_on(loop)
+        try:
+            return await context.read()
+        except asyncio.CancelledError:
+            if task in self._waiting:
+                raise
+            task.uncancel()
+            raise TimeoutError from None
+        finally:
+            self._waiting.pop(task, None)
+
+    def _give_up_on(self, loop: asyncio.AbstractEventLoop) -> None:
+        """End the waiting of those that have waited for too long, now and from now on."""
+        for task, until in tuple(self._waiting.items()):
+            if until > loop.time():
+                break
+            del self._waiting[task]
+            task.cancel()
+        first = next(iter(self._waiting.values()), None)
+        self._is_watched = first is not None
+        if first is not None:
+            loop.call_at(first, self._give_up_on, loop)
 
 
 def handlers(view: View, hub: Hub, gate: Gate) -> list[grpc.GenericRpcHandler]:
@@ -395,7 +455,7 @@ def _unary(
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
             with gate.admit(context, False) as service:
-                request = await _received(data, request_type)
+                request = await gate.received(data, context, request_type)
                 with service.figures.timing(name):
                     return method(service, request).SerializeToString()
         except Exception as error:
@@ -407,16 +467,6 @@ def _unary(
 def _name(request_type: type[Message]) -> str:
     """What a call is called in figures: Lookup, HealthCheck."""
     return request_type.DESCRIPTOR.name.removesuffix("Request")
-
-
-async def _received(data: bytes | AsyncIterator[bytes], request_type: type[_Request]) -> _Request:
-    """Decode the one message of a call, having waited for it where gRPC has not."""
-    if isinstance(data, bytes):
-        return request_type.FromString(data)
-    async with asyncio.timeout(REQUEST_SECONDS):
-        async for message in data:
-            return request_type.FromString(message)
-    raise DecodeError("the call has no message")
 
 
 async def _in_turns(pages: Iterator[_Response], turn: asyncio.Lock) -> AsyncIterator[_Response]:
@@ -440,7 +490,7 @@ def _merged(
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
             with gate.admit(context, False) as service:
-                pages = method(service, await _received(data, request_type))
+                pages = method(service, await gate.received(data, context, request_type))
                 with service.figures.timing(name):
                     # By protobuf's encoding, messages one after the other are one merged message.
                     return b"".join([page.SerializeToString() async for page in pages])
@@ -460,7 +510,7 @@ def _server_stream(
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
             with gate.streams.one(), gate.admit(context, lists) as service:
-                request = await _received(data, request_type)
+                request = await gate.received(data, context, request_type)
                 async for response in method(service, request):
                     yield response.SerializeToString()
         except Exception as error:

@@ -226,6 +226,17 @@ class Store:
             reason = self._absence(records.hash_of_tuple(as_client))
         return reason
 
+    def client_of(self, key: bytes) -> tuple[int, bytes] | None:
+        """Who connected, in the newest connection with that packed ``struct tuple``.
+
+        The server socket's cookie, and the ``struct credentials`` of the client, as it is.
+        """
+        data, _ = self._newest(key)
+        if not data:
+            return None
+        _, server, _, _ = records.CONNECTION_HEAD.unpack_from(data)
+        return server, data[records.CLIENT_OFFSET : records.LISTENER_OFFSET]
+
     def sight_by_socket(self, cookie: int) -> Sighting:
         """What `find_by_socket` would answer from, with both ends of it."""
         key = _COOKIE.pack(cookie)

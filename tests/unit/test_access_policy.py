@@ -3,7 +3,6 @@ from __future__ import annotations
 import grp
 import os
 import struct
-from dataclasses import replace
 
 import pytest
 from google.rpc.error_details_pb2 import ErrorInfo
@@ -258,7 +257,7 @@ def test_on_the_unix_socket_one_sees_all_and_nobody_is_named() -> None:
 
 def test_listed_is_nothing_of_others() -> None:
     ours, theirs = connection(10), connection(11)
-    theirs = replace(theirs, listener=credentials(STRANGER))
+    theirs = theirs._replace(listener=credentials(STRANGER))
     service = PeerCredentialsService(
         view_of(LISTENER, MemoryView(theirs, ours)), policy().access(credentials(LISTENER))
     )

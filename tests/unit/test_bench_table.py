@@ -7,6 +7,8 @@ from rich.console import Console
 
 from bench.rivals import Answer, inet_diag, lsof_answer, proc_net_tcp_row, ss_answer
 from bench.table import Row, Section, Target, Unit, Verdict, as_json, render
+from bench.timing import percentile
+from bench.trend import trend
 
 SERVER = ("127.0.0.1", 38587)
 CLIENT = ("127.0.0.1", 59370)
@@ -97,3 +99,26 @@ def test_the_table_and_the_json_show_the_same_figures_and_verdicts() -> None:
             "passed": False,
         },
     }
+
+
+def test_a_percentile_is_a_time_that_was_seen() -> None:
+    times = [each / 100 for each in range(100, 0, -1)]
+    assert percentile(99, times) == 0.99
+    assert percentile(50, times) == 0.5
+    assert percentile(100, times) == 1.0
+    assert percentile(99, [3.0]) == 3.0
+    assert percentile(99, [1.0, 3.0]) == 3.0
+
+
+def test_a_trend_is_the_slope_of_what_has_settled() -> None:
+    hours = [each / 60 for each in range(31)]
+    # Ten minutes of filling caches, then a byte a minute.
+    figures = [min(minute, 10) * 1000 + minute for minute in range(31)]
+    seen = trend(hours, figures)
+
+    assert (seen.start, seen.end, seen.most) == (0, 10_030, 10_030)
+    assert seen.per_hour == pytest.approx(60)
+
+
+def test_a_trend_of_what_stays_the_same_is_flat() -> None:
+    assert trend([1.0, 2.0, 3.0, 4.0], [7, 7, 7, 7]).per_hour == 0

@@ -1,0 +1,146 @@
+"""What it costs that somebody watches, and whether watchers are told of everything."""
+
+from __future__ import annotations
+
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+
+from bench.callers import Caller, callers, stretch
+from bench.crowd import Crowd
+from bench.cycle import compiled
+from bench.daemon import Daemon
+from bench.effort import Effort
+from bench.pace import connecting
+from bench.table import Row, Section, Target, Unit, Verdict
+from bench.watcher import Watchers
+
+EVENTS_PER_SECOND = 10_000
+"""Over all watchers. A connection is two events to each: that it is established, and retired."""
+CROWDS = (1, 10)
+"""Of watchers."""
+CALLERS = 2
+SOCKETS = 1_000
+LATEST_SECONDS = 15.0
+"""Until what is told late counts as lost."""
+
+ENOUGH = Target(0.95 * EVENTS_PER_SECOND, at_least=True)
+NONE = Target(0)
+
+
+class _Stretch(NamedTuple):
+    lookups_per_second: float
+    median_seconds: float
+    server_load: float
+    """CPU seconds of the server in a second."""
+    due: int
+    """Events that watchers had to be told."""
+    told: int
+    missed: int
+    """Connections of which the daemon said that they could not be told."""
+    seconds: float
+
+
+class _Site(NamedTuple):
+    daemon: Daemon
+    program: Path
+    server: psutil.Process
+    watchers: Watchers
+    callers: list[Caller]
+
+
+def measure(effort: Effort, daemon: Daemon) -> list[Section]:
+    """In turns: connections come and go while nobody watches, and while somebody does."""
+    sections = []
+    with ExitStack() as stack:
+        gathered = stack.enter_context(Crowd(daemon.cgroup))
+        gathered.grow(SOCKETS)
+        site = _Site(
+            daemon,
+            stack.enter_context(compiled()),
+            psutil.Process(daemon.status().server_pid),
+            stack.enter_context(Watchers(daemon.address)),
+            stack.enter_context(callers(CALLERS, daemon.address, gathered.questions)),
+        )
+        for watchers in CROWDS:
+            sections += _sections(watchers, _rounds(effort, site, watchers))
+    return sections
+
+
+def _rounds(effort: Effort, site: _Site, watchers: int) -> dict[int, list[_Stretch]]:
+    stretches = defaultdict(list)
+    for number in range(effort.watch_rounds):
+        for each in (0, watchers) if number % 2 else (watchers, 0):
+            stretches[each].append(
+                _stretch(site, each, EVENTS_PER_SECOND / 2 / watchers, effort.watch_seconds)
+            )
+    return stretches
+
+
+def _stretch(site: _Site, watchers: int, per_second: float, seconds: float) -> _Stretch:
+    site.watchers.watch(watchers)
+    with connecting(site.program, site.daemon.cgroup, per_second) as pace:
+        before = site.server.cpu_times()
+        seen = stretch(site.callers, "lookup", seconds)
+        after = site.server.cpu_times()
+    due = 2 * pace.connections * watchers
+    told, missed = site.watchers.until(due, LATEST_SECONDS)
+    site.watchers.end()
+    return _Stretch(
+        seen.calls_per_second,
+        seen.median_seconds,
+        (after.user + after.system - before.user - before.system) / seconds,
+        due,
+        told,
+        missed,
+        pace.seconds,
+    )
+
+
+def _sections(watchers: int, stretches: dict[int, list[_Stretch]]) -> list[Section]:
+    alone, watched = stretches[0], stretches[watchers]
+    pairs = list(zip(alone, watched, strict=True))
+
+    def row(name: str, field: str, unit: Unit) -> Row:
+        values = [[getattr(each, field) for each in side] for side in (alone, watched)]
+        ratio = statistics.median(getattr(b, field) / getattr(a, field) for a, b in pairs)
+        return Row(name, tuple(map(statistics.median, values)), unit, Verdict(ratio))
+
+    who = "1 watcher" if watchers == 1 else f"{watchers} watchers"
+    each_second = EVENTS_PER_SECOND // 2 // watchers
+    return [
+        Section(
+            f"{each_second:,} connections a second, {who}",
+            ("nobody watches", "watched"),
+            (
+                row(f"Lookup, {CALLERS} callers", "lookups_per_second", Unit.PER_SECOND),
+                row("Lookup, median", "median_seconds", Unit.SECONDS),
+                row("server's CPU in a second", "server_load", Unit.SECONDS),
+            ),
+        ),
+        Section(f"Told to {who}, or lost silently", ("due", "told", "said missed"), _told(watched)),
+    ]
+
+
+def _told(watched: Sequence[_Stretch]) -> tuple[Row, ...]:
+    due, told, missed = (sum(getattr(each, field) for each in watched) for field in _COUNTS)
+    rate = statistics.median(each.told / each.seconds for each in watched)
+    # Who is not told that a connection is established is not told that it is retired.
+    silently = max(0, due - told - 2 * missed)
+    return (
+        Row("events", (due, told, missed), Unit.COUNT, Verdict(silently, Unit.COUNT, NONE)),
+        Row(
+            "told in a second",
+            (None, rate),
+            Unit.PER_SECOND,
+            Verdict(rate, Unit.PER_SECOND, ENOUGH),
+        ),
+    )
+
+
+_COUNTS = ("due", "told", "missed")

@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import closing, nullcontext
+from pathlib import Path
+from typing import Any
+
+import grpc
+import grpc.aio
+import pytest
+
+from harness.memory_events import MemoryEvents
+from harness.memory_view import MemoryView, connection
+from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd import server
+from peercredd.server import Gate, Places
+from peercredd.service import PeerCredentialsService
+from peercredd.watching import Hub
+
+LOOKUP = "/peercred.v1.PeerCredentials/Lookup"
+ASKED = pb.LookupRequest(key=pb.ConnectionKey(socket_cookie=10)).SerializeToString()
+CALL_SECONDS = 60
+
+
+@pytest.fixture
+def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
+    """To a server that counts calls before their message has come, as on loopback TCP."""
+    address = f"unix:{tmp_path}/s"
+    started: Future[Callable[[], object]] = Future()
+    view = MemoryView(connection(10))
+    service = PeerCredentialsService(view)
+
+    async def main() -> None:
+        stop, loop = asyncio.Event(), asyncio.get_running_loop()
+        gate = Gate(lambda _context, _lists: nullcontext(service), Places(8), counts_early=True)
+        served = grpc.aio.server(handlers=server.handlers(view, Hub(view, events), gate))
+        served.add_insecure_port(address)
+        await served.start()
+        started.set_result(lambda: loop.call_soon_threadsafe(stop.set))
+        await stop.wait()
+        await served.stop(None)
+
+    with closing(MemoryEvents()) as events, ThreadPoolExecutor(1) as thread:
+        ended = thread.submit(asyncio.run, main())
+        first: Future[Any] = next(as_completed((started, ended)))
+        stop = first.result()
+        try:
+            with grpc.insecure_channel(address) as channel:
+                yield channel
+        finally:
+            stop()
+            ended.result()
+
+
+class SlowCall:
+    """A Lookup whose message comes when it is sent, or never."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._message = threading.Event()
+        call: grpc.StreamUnaryMultiCallable[bytes, bytes] = channel.stream_unary(LOOKUP)
+        self.future = call.future(self._messages(), timeout=CALL_SECONDS)
+
+    def send(self) -> pb.LookupResponse:
+        self._message.set()
+        return pb.LookupResponse.FromString(self.future.result())
+
+    def fails(self) -> tuple[grpc.StatusCode, str]:
+        with pytest.raises(grpc.RpcError) as raised:
+            self.future.result()
+        self._message.set()
+        assert isinstance(raised.value, grpc.Call)
+        return raised.value.code(), raised.value.details()
+
+    def _messages(self) -> Iterator[bytes]:
+        self._message.wait()
+        yield ASKED
+
+
+def lookup(channel: grpc.Channel) -> pb.LookupResponse:
+    call: grpc.UnaryUnaryMultiCallable[bytes, bytes] = channel.unary_unary(LOOKUP)
+    return pb.LookupResponse.FromString(call(ASKED, timeout=CALL_SECONDS))
+
+
+def test_each_call_whose_message_does_not_come_is_ended_and_no_other(
+    channel: grpc.Channel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server, "REQUEST_SECONDS", 0.2)
+    # The second time nothing is left of the first one's timer.
+    for _ in range(2):
+        silent = SlowCall(channel), SlowCall(channel)
+        assert lookup(channel).peer.uid == 1000
+        for each in silent:
+            code, details = each.fails()
+            assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert "did not come" in details
+    assert lookup(channel).peer.uid == 1000
+
+
+def test_a_message_may_come_later_than_its_call(channel: grpc.Channel) -> None:
+    waiting = SlowCall(channel)
+    assert lookup(channel).peer.uid == 1000
+    assert waiting.send().peer.uid == 1000
