@@ -113,9 +113,11 @@ async def answer_questions(
 
 
 def _question(line: bytes) -> tuple[int, str, int]:
-    number, subject, about = json.loads(line)
-    if type(number) is not int or type(subject) is not str or type(about) is not int:
+    asked = json.loads(line)
+    # Not isinstance(): a bool is an int.
+    if type(asked) is not list or [type(each) for each in asked] != [int, str, int]:
         raise ValueError("not a question")
+    number, subject, about = asked
     return number, subject, about
 
 
