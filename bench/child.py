@@ -56,6 +56,8 @@ class Child:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        if error:
+            self._process.terminate()  # what it has been told may take half an hour
         self._process.__exit__(kind, error, traceback)
 
 
