@@ -128,5 +128,6 @@ def main(command: list[str]) -> int:
 
 if __name__ == "__main__":
     # An accepted socket for each connection.
-    resource.setrlimit(resource.RLIMIT_NOFILE, (65536, 65536))
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
     sys.exit(main(sys.argv[1:]))
