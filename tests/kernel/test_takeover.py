@@ -17,10 +17,11 @@ import pytest
 from harness import steps, turnover
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
+from harness.daemon import Daemon
 from harness.place import Place
 from harness.routes import V4
 from harness.so_peercred import NOBODY, Credentials
-from harness.stage import Listener, Stage
+from harness.stage import Stage
 from harness.steps import Both
 from harness.users import ALICE, BOB, CAROL, SERVICE
 from peercredd import pins
@@ -69,147 +70,127 @@ def newer(other_version: OtherVersion) -> Path:
     return other_version("credentials.h", LAST_OF_A_CONNECT, marked)
 
 
-def connected(stage: Stage, client: Actor, service: Actor, listener: Listener) -> Both[int]:
-    stage.connect(client, listener)
-    return service(steps.accept, listener.fds)
+class Kept:
+    """A capture that its daemon has left running, and a connection that it knew."""
 
-
-def is_newer(stage: Stage, service: Actor, accepted: Both[int]) -> bool:
-    return (stage.answer(service, accepted.tcp).comm or "").startswith(MARK)
-
-
-def test_a_new_version_goes_on_with_every_record_and_records_by_itself(
-    place: Place, newer: Path
-) -> None:
-    with ExitStack() as resources:
+    def __init__(self, place: Place, resources: ExitStack) -> None:
+        self._resources = resources
         origin = resources.enter_context(Origin(place.cgroup))
         first = place.daemon("--keep")
         with first.client() as client:
-            stage = Stage(origin, client)
-            service, alice, bob, carol = (stage.actor(uid) for uid in (SERVICE, ALICE, BOB, CAROL))
-            listener = stage.listen(service, V4)
-            accepted = connected(stage, alice, service, listener)
-            before = stage.answer(service, accepted.tcp)
-            queued = stage.connect(bob, listener)
+            self.stage = Stage(origin, client)
+            self.service, self.alice = self.stage.actor(SERVICE), self.stage.actor(ALICE)
+            self.listener = self.stage.listen(self.service, V4)
+            self.accepted = self.connected(self.alice)
+            self.told = self.stage.answer(self.service, self.accepted.tcp)
         first.close(keeps=True)
 
-        second = resources.enter_context(place.daemon(tree=newer))
-        stage.client = resources.enter_context(second.client())
-        resources.enter_context(stage)
-        assert '"capture": "taken over"' in second.log()
-        place.assert_attached_once()
-        assert stage.peer(service, accepted)[:2] == (alice.pid, ALICE)
-        assert stage.answer(service, accepted.tcp) == before
-        assert stage.peer(bob, queued)[:2] == (service.pid, SERVICE)
-        assert not is_newer(stage, service, accepted)
-        assert stage.peer(service, service(steps.accept, listener.fds))[:2] == (bob.pid, BOB)
-        after = connected(stage, carol, service, listener)
-        assert stage.peer(service, after)[:2] == (carol.pid, CAROL)
-        assert is_newer(stage, service, after)
+    def connected(self, client: Actor) -> Both[int]:
+        """The server's end of a new connection."""
+        self.stage.connect(client, self.listener)
+        return self.service(steps.accept, self.listener.fds)
+
+    def names(self, accepted: Both[int], client: Actor, uid: int) -> bool:
+        """Whether both transports say that this is who connected."""
+        return self.stage.peer(self.service, accepted)[:2] == (client.pid, uid)
+
+    def go_on_with(self, daemon: Daemon) -> str:
+        """Ask this one from now on, until the end of the test; returns its log."""
+        self._resources.enter_context(daemon)
+        self.stage.client = self._resources.enter_context(daemon.client())
+        self._resources.enter_context(self.stage)
+        return daemon.log()
+
+
+@pytest.fixture
+def kept(place: Place) -> Iterator[Kept]:
+    with ExitStack() as resources:
+        yield Kept(place, resources)
     place.assert_nothing_attached()
 
 
-def test_while_a_new_version_takes_over_connections_are_told_as_before(
-    place: Place, newer: Path
+def is_newer(kept: Kept, accepted: Both[int]) -> bool:
+    return (kept.stage.answer(kept.service, accepted.tcp).comm or "").startswith(MARK)
+
+
+def test_a_new_version_goes_on_with_every_record_and_records_by_itself(
+    place: Place, kept: Kept, newer: Path
 ) -> None:
-    with ExitStack() as resources:
-        folder = Path(resources.enter_context(TemporaryDirectory(prefix="peercredd-test-")))
-        folder.chmod(0o755)
-        ended = folder / "ended"
-        origin = resources.enter_context(Origin(place.cgroup))
-        first = place.daemon("--keep")
-        with first.client() as client:
-            stage = Stage(origin, client)
-            service, alice = stage.actor(SERVICE), stage.actor(ALICE)
-            listener = stage.listen(service, V4)
+    stage, service = kept.stage, kept.service
+    bob, carol = stage.actor(BOB), stage.actor(CAROL)
+    queued = stage.connect(bob, kept.listener)
+
+    log = kept.go_on_with(place.daemon(tree=newer))
+    assert '"capture": "taken over"' in log
+    place.assert_attached_once()
+    assert kept.names(kept.accepted, kept.alice, ALICE)
+    assert stage.answer(service, kept.accepted.tcp) == kept.told
+    assert not is_newer(kept, kept.accepted)
+    assert stage.peer(bob, queued)[:2] == (service.pid, SERVICE)
+    assert kept.names(service(steps.accept, kept.listener.fds), bob, BOB)
+    after = kept.connected(carol)
+    assert kept.names(after, carol, CAROL)
+    assert is_newer(kept, after)
+
+
+def test_while_a_new_version_takes_over_connections_are_told_as_before(
+    place: Place, kept: Kept, newer: Path
+) -> None:
+    service, alice, listener = kept.service, kept.alice, kept.listener
+    with TemporaryDirectory(prefix="peercredd-test-") as folder:
+        Path(folder).chmod(0o755)
+        ended = Path(folder) / "ended"
         asking = service.start(turnover.ask_until_the_last, listener.fds.tcp)
         connecting = alice.start(turnover.connect_until, str(ended), listener.addresses.tcp)
-        first.close(keeps=True)
-        second = resources.enter_context(place.daemon(tree=newer))
+        kept.go_on_with(place.daemon(tree=newer))
         ended.touch()
         count, told = connecting.result(), asking.result()
 
-        stage.client = resources.enter_context(second.client())
-        resources.enter_context(stage)
-        right = told.pop(Credentials(alice.pid, ALICE, ALICE))
-        missed = told.pop(NOBODY, 0)
-        assert not told
-        assert right + missed == count
-        # What a tracing program does at the instant of the change may be left undone.
-        assert missed <= (place.hook_set == "trace")
+    right = told.pop(Credentials(alice.pid, ALICE, ALICE))
+    missed = told.pop(NOBODY, 0)
+    assert not told
+    assert right + missed == count
+    # What a tracing program does at the instant of the change may be left undone.
+    assert missed <= (place.hook_set == "trace")
 
 
-def test_other_limits_of_users_are_taken_over_with_the_records(place: Place) -> None:
-    with ExitStack() as resources:
-        origin = resources.enter_context(Origin(place.cgroup))
-        first = place.daemon("--keep")
-        with first.client() as client:
-            stage = Stage(origin, client)
-            service, alice = stage.actor(SERVICE), stage.actor(ALICE)
-            listener = stage.listen(service, V4)
-            accepted = connected(stage, alice, service, listener)
-        first.close(keeps=True)
-
-        second = resources.enter_context(place.daemon("--max-percent-per-user=10"))
-        stage.client = resources.enter_context(second.client())
-        resources.enter_context(stage)
-        shares = {table.name: table.max_entries_per_user for table in stage.client.status().tables}
-        assert shares["connections"] == place.table_size // 10
-        assert stage.peer(service, accepted)[:2] == (alice.pid, ALICE)
-        place.assert_attached_once()
+def test_other_limits_of_users_are_taken_over_with_the_records(place: Place, kept: Kept) -> None:
+    kept.go_on_with(place.daemon("--max-percent-per-user=10"))
+    shares = {table.name: table.max_entries_per_user for table in kept.stage.client.status().tables}
+    assert shares["connections"] == place.table_size // 10
+    assert kept.names(kept.accepted, kept.alice, ALICE)
+    place.assert_attached_once()
 
 
 def test_a_version_with_another_layout_says_so_and_what_was_there_is_older(
-    place: Place, other_version: OtherVersion
+    place: Place, kept: Kept, other_version: OtherVersion
 ) -> None:
     tree = other_version("maps.h", "#define EVENT_PAGES 512\n", "#define EVENT_PAGES 256\n")
-    with ExitStack() as resources:
-        origin = resources.enter_context(Origin(place.cgroup))
-        first = place.daemon("--keep")
-        with first.client() as client:
-            stage = Stage(origin, client)
-            service, alice = stage.actor(SERVICE), stage.actor(ALICE)
-            listener = stage.listen(service, V4)
-            accepted = connected(stage, alice, service, listener)
-        first.close(keeps=True)
 
-        second = resources.enter_context(place.daemon(tree=tree))
-        stage.client = resources.enter_context(second.client())
-        resources.enter_context(stage)
-        assert "could not be taken over" in second.log()
-        assert "its tables are of another size or layout" in second.log()
-        place.assert_attached_once()
-        assert stage.refusal(service, accepted.tcp) == "OLDER_THAN_CAPTURE"
-        after = connected(stage, alice, service, listener)
-        assert stage.answer(service, after.tcp).uid == ALICE
+    log = kept.go_on_with(place.daemon(tree=tree))
+    assert "could not be taken over" in log
+    assert "its tables are of another size or layout" in log
+    place.assert_attached_once()
+    assert kept.stage.refusal(kept.service, kept.accepted.tcp) == "OLDER_THAN_CAPTURE"
+    after = kept.connected(kept.alice)
+    assert kept.stage.answer(kept.service, after.tcp).uid == ALICE
 
 
 def test_a_version_that_the_kernel_refuses_leaves_the_capture_as_it_was(
-    place: Place, other_version: OtherVersion
+    place: Place, kept: Kept, other_version: OtherVersion
 ) -> None:
     # Nothing tells the verifier where this ends.
     refused = LAST_OF_A_CONNECT.replace("    return", "    to->groups[to->tgid] = 0;\n    return")
     tree = other_version("credentials.h", LAST_OF_A_CONNECT, refused)
-    with ExitStack() as resources:
-        origin = resources.enter_context(Origin(place.cgroup))
-        first = place.daemon("--keep")
-        with first.client() as client:
-            stage = Stage(origin, client)
-            service, alice = stage.actor(SERVICE), stage.actor(ALICE)
-            listener = stage.listen(service, V4)
-            before = connected(stage, alice, service, listener)
-        first.close(keeps=True)
 
-        with pytest.raises(RuntimeError, match="the kernel refuses"):
-            place.daemon(tree=tree)
-        between = connected(stage, alice, service, listener)
-        third = resources.enter_context(place.daemon())
-        stage.client = resources.enter_context(third.client())
-        resources.enter_context(stage)
-        assert '"capture": "found running"' in third.log()
-        place.assert_attached_once()
-        for accepted in (before, between):
-            assert stage.peer(service, accepted)[:2] == (alice.pid, ALICE)
+    with pytest.raises(RuntimeError, match="the kernel refuses"):
+        place.daemon(tree=tree)
+    between = kept.connected(kept.alice)
+    log = kept.go_on_with(place.daemon())
+    assert '"capture": "found running"' in log
+    place.assert_attached_once()
+    for accepted in (kept.accepted, between):
+        assert kept.names(accepted, kept.alice, ALICE)
 
 
 KILLED_LOADER = textwrap.dedent(
@@ -258,44 +239,32 @@ KILLED_LOADER = textwrap.dedent(
 )
 
 
-def test_a_loader_killed_at_any_step_of_a_takeover_loses_nothing(place: Place) -> None:
+def test_a_loader_killed_at_any_step_of_a_takeover_loses_nothing(place: Place, kept: Kept) -> None:
     share = 10
     command = [sys.executable, "-c", KILLED_LOADER]
     command += [json.dumps(place.settings | {"max_percent_per_user": share})]
     # A generation is compiled for each kill after the change.
     command += ["1" if place.hook_set == "cgroup" else "3"]
-    with ExitStack() as resources:
-        origin = resources.enter_context(Origin(place.cgroup))
-        first = place.daemon("--keep")
-        with first.client() as client:
-            stage = Stage(origin, client)
-            service, alice = stage.actor(SERVICE), stage.actor(ALICE)
-            listener = stage.listen(service, V4)
-            accepted = [connected(stage, alice, service, listener)]
-        first.close(keeps=True)
+    accepted, statuses = [kept.accepted], []
+    with (
+        pins.hold(place.pin_dir),
+        subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        ) as killing,
+    ):
+        assert killing.stdin
+        assert killing.stdout
+        for line in killing.stdout:
+            if line.strip().isdecimal():  # else what the last one says
+                accepted.append(kept.connected(kept.alice))
+                statuses.append(int(line))
+                print(file=killing.stdin, flush=True)
+    assert killing.returncode == 0
+    assert statuses.pop() == 0
+    assert len(statuses) > len(PROGRAMS[place.hook_set])
 
-        statuses = []
-        with (
-            pins.hold(place.pin_dir),
-            subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-            ) as killing,
-        ):
-            assert killing.stdin
-            assert killing.stdout
-            for line in killing.stdout:
-                if line.strip().isdecimal():  # else what the last one says
-                    accepted.append(connected(stage, alice, service, listener))
-                    statuses.append(int(line))
-                    print(file=killing.stdin, flush=True)
-        assert killing.returncode == 0
-        assert statuses.pop() == 0
-        assert len(statuses) > len(PROGRAMS[place.hook_set])
-
-        second = resources.enter_context(place.daemon(f"--max-percent-per-user={share}"))
-        stage.client = resources.enter_context(second.client())
-        resources.enter_context(stage)
-        assert '"capture": "found running"' in second.log()
-        place.assert_attached_once()
-        for each in accepted:
-            assert stage.peer(service, each)[:2] == (alice.pid, ALICE)
+    log = kept.go_on_with(place.daemon(f"--max-percent-per-user={share}"))
+    assert '"capture": "found running"' in log
+    place.assert_attached_once()
+    for each in accepted:
+        assert kept.names(each, kept.alice, ALICE)
