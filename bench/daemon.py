@@ -66,10 +66,10 @@ def cgroup(name: str) -> Iterator[Path]:
 
 
 @contextmanager
-def running(*options: str, tcp: bool = False) -> Iterator[Daemon]:
+def running(*options: str, tcp: bool = False, cache_dir: Path | None = None) -> Iterator[Daemon]:
     """Enter a cgroup, start a daemon in it, wait until its socket answers; undo it all.
 
-    With `tcp` everybody may ask it at TCP_ADDRESS, too.
+    With `tcp` everybody may ask it at TCP_ADDRESS, too. Without a `cache_dir` it compiles.
     """
     with (
         tempfile.TemporaryDirectory(prefix=f"peercredd-bench-{os.getpid()}-") as folder,
@@ -88,6 +88,7 @@ def running(*options: str, tcp: bool = False) -> Iterator[Daemon]:
                 *(() if tcp else ("--no-tcp",)),
                 *("--cgroup", str(captured)),
                 *("--pin-dir", str(pin_dir), "--socket", str(path)),
+                *("--cache-dir", str(cache_dir or Path(folder) / "cache")),
                 *("--so-peercred-state", str(Path(folder) / "so_peercred.json")),
                 *options,
             ],

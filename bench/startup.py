@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import socket
 import statistics
+import tempfile
 import time
+from pathlib import Path
 
 import click
 import grpc
@@ -23,16 +25,27 @@ TARGET_SECONDS = 2.0
 
 def measure(effort: Effort) -> list[Section]:
     """From the daemon's exec to the right answer about a connection made then."""
-    times = [_start() for _ in range(effort.starts)]
-    median = statistics.median(times)
+    with tempfile.TemporaryDirectory(prefix="peercredd-bench-") as folder:
+        cache = Path(folder) / "cache"
+        first = [_start(None) for _ in range(effort.starts)]
+        _start(cache)
+        later = [_start(cache) for _ in range(effort.starts)]
+    median = statistics.median(later)
     verdict = Verdict(median, Unit.SECONDS, Target(TARGET_SECONDS))
-    row = Row("Start to first answer", (min(times), median, max(times)), Unit.SECONDS, verdict)
-    return [Section("The daemon's start", ("fastest", "median", "slowest"), (row,))]
+    rows = (
+        Row("Start to first answer", _spread(later), Unit.SECONDS, verdict),
+        Row("The very first, that compiles", _spread(first), Unit.SECONDS),
+    )
+    return [Section("The daemon's start", ("fastest", "median", "slowest"), rows)]
 
 
-def _start() -> float:
+def _spread(times: list[float]) -> tuple[float, float, float]:
+    return min(times), statistics.median(times), max(times)
+
+
+def _start(cache: Path | None) -> float:
     with (
-        running() as daemon,
+        running(cache_dir=cache) as daemon,
         socket.create_server(("127.0.0.1", 0)) as listener,
         socket.create_connection(listener.getsockname()),
         listener.accept()[0] as accepted,

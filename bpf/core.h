@@ -187,34 +187,49 @@ static __always_inline struct user *user_of(u32 uid)
     return users.lookup(&uid);
 }
 
+static __always_inline struct settings *own_settings(void)
+{
+    int zero = 0;
+    return settings.lookup(&zero);
+}
+
 static __always_inline bool may_connect(u32 uid, struct user *user)
 {
-    if (!user || (user->pending < PENDING_SHARE &&
-                  user->pending + user->connections < CONNECTIONS_SHARE))
+    struct settings *chosen = own_settings();
+    if (!chosen)
+        return false;
+    if (!user || (user->pending < chosen->pending_share &&
+                  user->pending + user->connections < chosen->connections_share))
         return true;
     struct user *over = users_over.lookup(&uid);
     if (!over)
         return false;
     s32 pending = user->pending - over->pending;
     s32 connections = user->connections - over->connections;
-    return pending < PENDING_SHARE && pending + connections < CONNECTIONS_SHARE;
+    return pending < chosen->pending_share && pending + connections < chosen->connections_share;
 }
 
 static __always_inline bool may_leave_more(struct pair *pair)
 {
+    struct settings *chosen = own_settings();
     s32 *count = left.lookup(pair);
-    if (!count || *count < LEFT_SHARE)
+    if (!chosen)
+        return false;
+    if (!count || *count < chosen->left_share)
         return true;
     s32 *over = left_over.lookup(pair);
-    return over && *count - *over < LEFT_SHARE;
+    return over && *count - *over < chosen->left_share;
 }
 
 static __always_inline bool may_have_more_resets(u32 uid, struct user *user)
 {
-    if (!user || user->resets < CONNECTIONS_SHARE)
+    struct settings *chosen = own_settings();
+    if (!chosen)
+        return false;
+    if (!user || user->resets < chosen->connections_share)
         return true;
     struct user *over = users_over.lookup(&uid);
-    return over && user->resets - over->resets < CONNECTIONS_SHARE;
+    return over && user->resets - over->resets < chosen->connections_share;
 }
 
 static __always_inline s32 *left_by(struct pair *pair)

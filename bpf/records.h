@@ -138,6 +138,17 @@ struct pair {
 #define ROLE_CHILD 2
 #define ROLE_CLIENT 3
 
+/* What the loader asks of one load of the programs. */
+struct settings {
+    u64 cgroup_id; /* where a hook set is bounded that sees the whole host */
+    u32 cgroup_level;
+    u32 generation;
+    s32 connections_share; /* how much of a table one user may have */
+    s32 pending_share;
+    s32 left_share;
+    u32 padding;
+};
+
 /* Why a connection has no record, for the newest of those that have none: a table
  * with one slot for each hash of a cookie or of a tuple. A slot holds the hash, its
  * lowest two bits replaced by the reason. A newer subject of the same slot replaces

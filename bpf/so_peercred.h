@@ -293,6 +293,40 @@ static __always_inline bool see_in_record(struct bpf_sockopt *context, struct bp
     return true;
 }
 
+/* Whether a buffer that is too short for all of it has what the kernel says of nobody. */
+static __always_inline bool says_nobody(struct bpf_sockopt *context, s32 length)
+{
+    struct peer nobody = NO_PEER;
+    u8 *value = context->optval;
+    KEEP(value);
+    u8 *end = context->optval_end;
+    KEEP(end);
+
+#pragma unroll
+    for (int i = 0; i < sizeof(nobody); i++)
+        if (i < length && (value + i + 1 > end || value[i] != ((u8 *)&nobody)[i]))
+            return false;
+    return true;
+}
+
+static __always_inline void write_as_much_as_fits(struct bpf_sockopt *context, s32 length,
+                                                  struct peer *peer)
+{
+    u8 *value = context->optval;
+    KEEP(value);
+    u8 *end = context->optval_end;
+    KEEP(end);
+
+    if (length == sizeof(*peer) && value + sizeof(*peer) <= end) {
+        *(struct peer *)value = *peer;
+        return;
+    }
+#pragma unroll
+    for (int i = 0; i < sizeof(*peer); i++)
+        if (i < length && value + i + 1 <= end)
+            value[i] = ((u8 *)peer)[i];
+}
+
 /* Replaces what the kernel has answered, if that is nobody: it, or another program, may
  * know better. As many bytes as it has answered with; should it have failed, it goes on
  * to fail. */
@@ -308,23 +342,14 @@ static __always_inline void give_credentials(struct bpf_sockopt *context, struct
 
     if (value + sizeof(peer) <= end) {
         struct peer *answer = (struct peer *)value;
-        if (length == sizeof(peer) && pid_and_uid(answer) == pid_and_uid(&nobody) &&
-            answer->gid == nobody.gid && !see_at_once(socket, answer) &&
-            see_in_record(context, socket, &peer))
-            *answer = peer;
+        if (length != sizeof(peer) || pid_and_uid(answer) != pid_and_uid(&nobody) ||
+            answer->gid != nobody.gid || see_at_once(socket, answer))
+            return;
+    } else if (!says_nobody(context, length)) {
         return;
     }
-    u8 *was = (u8 *)&nobody, *is = (u8 *)&peer;
-#pragma unroll
-    for (int i = 0; i < sizeof(peer); i++)
-        if (i < (s32)length && (value + i + 1 > end || value[i] != was[i]))
-            return;
-    if (!see_at_once(socket, &peer) && !see_in_record(context, socket, &peer))
-        return;
-#pragma unroll
-    for (int i = 0; i < sizeof(peer); i++)
-        if (i < (s32)length && value + i + 1 <= end)
-            value[i] = is[i];
+    if (see_in_record(context, socket, &peer) || see_at_once(socket, &peer))
+        write_as_much_as_fits(context, length, &peer);
 }
 
 /* No groups at all are not given: an empty answer would leave the caller's length as it

@@ -24,15 +24,16 @@
 /* Whether a socket was made in the cgroup that bounds the capture, or below. */
 static __always_inline bool is_captured(u64 socket)
 {
-#ifdef CGROUP_ID
+#ifdef OFFSET_cgroup_level
     u64 cgroup = LOAD(u64, socket, sock_cgroup), ancestor = 0, node = 0, identity = 0;
-    if (LOAD(u32, cgroup, cgroup_level) < CGROUP_LEVEL)
+    struct settings *chosen = own_settings();
+    if (!chosen || LOAD(u32, cgroup, cgroup_level) < chosen->cgroup_level)
         return false;
     read_kernel(&ancestor, sizeof(ancestor),
-                cgroup + OFFSET_cgroup_ancestors + CGROUP_LEVEL * sizeof(ancestor));
+                cgroup + OFFSET_cgroup_ancestors + chosen->cgroup_level * sizeof(ancestor));
     read_kernel(&node, sizeof(node), ancestor + OFFSET_cgroup_kn);
     read_kernel(&identity, sizeof(identity), node + OFFSET_kernfs_node_id);
-    return identity == CGROUP_ID;
+    return identity == chosen->cgroup_id;
 #else
     return true;
 #endif
@@ -43,7 +44,8 @@ static __always_inline bool is_active(void)
 {
     int zero = 0;
     u32 *active = generation.lookup(&zero);
-    return active && *active == GENERATION;
+    struct settings *chosen = own_settings();
+    return active && chosen && *active == chosen->generation;
 }
 
 /* NULL for what is not a TCP socket of the capture. */

@@ -1,7 +1,4 @@
-"""The BPF programs: compiled by BCC for the running kernel, without its headers.
-
-Only the loader imports this module: BCC brings LLVM into the process.
-"""
+"""The BPF programs of a hook set: made for the running kernel without its headers, and loaded."""
 
 from __future__ import annotations
 
@@ -11,14 +8,16 @@ import json
 import os
 import re
 import textwrap
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from peercredd import hooks, records
 from peercredd.btf import KernelTypes, MemberMissing
-from peercredd.libbpf import BPF_PROG_TYPE_TRACING, KernelError, can_trace
+from peercredd.compiled import Cache, Compiled
+from peercredd.compiler import Refused, compile_programs, version
+from peercredd.libbpf import BPF_PROG_TYPE_TRACING, KernelError, Map, Rejected, can_trace
 from peercredd.mounts import cgroup_level
 
 REQUIRED = {
@@ -173,6 +172,8 @@ MAPS = (
 )
 """The maps that outlive the loader, by their names in bpf/maps.h."""
 
+_AS_MANY_AS_CONNECTIONS = ("connections", "by_tuple", "by_client", "reset_in_queue", "older")
+
 REASON_LENGTH = 500
 """Characters, of a reason that has to fit into `records.ABOUT_SIZE`."""
 
@@ -190,16 +191,8 @@ class Capture(NamedTuple):
     """The program that answers getsockopt(), to be attached where that is asked for."""
     why_no_so_peercred: str
     """One line; empty where there is one."""
-    bcc: Any
-    """Keeps the descriptors open."""
-
-
-class Refused(KernelError):  # noqa: N818 - by the compiler, or by the kernel's verifier
-    """A program was not compiled, or not loaded. `log` is all that was said about it."""
-
-    def __init__(self, what: str, log: str) -> None:
-        super().__init__(errno.EINVAL, f"{what}: {summary(log)}")
-        self.log = log
+    from_cache: bool
+    """Whether it had been compiled before."""
 
 
 def source_folder() -> Path:
@@ -292,6 +285,44 @@ class Running(NamedTuple):
     """Of the programs that record."""
 
 
+class Source(NamedTuple):
+    """What is compiled for the running kernel."""
+
+    text: str
+    flags: list[str]
+    """Of the compiler."""
+    programs: tuple[hooks.Program | hooks.Traced, ...]
+    missing_fields: tuple[str, ...]
+    why_no_so_peercred: str
+    """One line; empty where that program is among them."""
+
+
+def source(hook_set: str, *, bounded: bool = False) -> Source:
+    """The source of a hook set; with `trace`, of one `bounded` to a cgroup, or not.
+
+    Raises:
+        KernelError: headers are missing, or the kernel lacks something that is needed.
+    """
+    required = REQUIRED | REQUIRED_OF[hook_set]
+    types = KernelTypes()
+    flags: list[str] = []
+    if hook_set == "trace":
+        if not can_trace():
+            raise KernelError(errno.ENOSYS, "this kernel takes no tracing programs (fentry)")
+        flags += hooks.context_macros(types)
+        if bounded:
+            required |= REQUIRED_BY_BOUNDS
+    offsets, missing = member_macros(types, required)
+    so_peercred_flags, why_not = _so_peercred_macros(types)
+    folder = source_folder()
+    flags += so_peercred_flags
+    flags += [*offsets, *header_flags(), f"-I{folder}", "-Wno-unused-function"]
+    programs = hooks.PROGRAMS[hook_set]
+    if so_peercred_flags:
+        programs = (*programs, hooks.SO_PEERCRED)
+    return Source(source_text(folder, f"{hook_set}.c"), flags, programs, missing, why_not)
+
+
 def load(
     hook_set: str,
     max_connections: int,
@@ -299,6 +330,7 @@ def load(
     cgroup: Path | None = None,
     max_percent_per_user: int = 100,
     running: Running | None = None,
+    cache: Cache | None = None,
 ) -> Capture:
     """Compile a hook set and have the kernel verify it; attaches nothing.
 
@@ -310,52 +342,37 @@ def load(
             `cgroup` is bounded by where it is attached.
         max_percent_per_user: how much of each room one user may take.
         running: whose maps to use instead of new ones; it has to have the same `layout`.
+        cache: where it may have been compiled before, or is kept for the next time.
 
     Raises:
         KernelError: BCC or headers are missing, the kernel lacks something that is
             needed, or its verifier refused a program. One line that says which.
     """
-    required = REQUIRED | REQUIRED_OF[hook_set]
-    flags = [
-        f"-DMAX_CONNECTIONS={max_connections}",
-        f"-DMAX_PENDING={max_pending}",
-    ]
-    if running:
-        flags.append(f"-DTAKEN_OVER={json.dumps(str(running.maps))}")
-    flags.append(f"-DGENERATION={running.generation + 1 if running else 0}")
-    connections = records.share(max_connections, max_percent_per_user)
-    for name, share in (
-        ("CONNECTIONS", connections),
-        ("PENDING", records.share(max_pending, max_percent_per_user)),
-        ("LEFT", max(1, connections // 4)),
-    ):
-        # Who may have all of a table is stopped by that alone.
-        flags.append(f"-D{name}_SHARE={share if max_percent_per_user < 100 else _UNLIMITED}")
-    types = KernelTypes()
-    if hook_set == "trace":
-        if not can_trace():
-            raise KernelError(errno.ENOSYS, "this kernel takes no tracing programs (fentry)")
-        flags += hooks.context_macros(types)
-        if cgroup and (level := cgroup_level(cgroup)):
-            required |= REQUIRED_BY_BOUNDS
-            flags += [f"-DCGROUP_ID={cgroup.stat().st_ino}ULL", f"-DCGROUP_LEVEL={level}"]
-    offsets, missing = member_macros(types, required)
-    so_peercred_flags, why_no_so_peercred = _so_peercred_macros(types)
-    flags += so_peercred_flags
-    sources = source_folder()
-    flags += [*offsets, *header_flags(), f"-I{sources}", "-Wno-unused-function"]
-    os.environ["BCC_KERNEL_SOURCE"] = str(sources)
-    with compiler_messages() as messages:
-        bcc = _compile(source_text(sources, f"{hook_set}.c"), flags, messages)
-        loaded = {each: _verified(bcc, each, messages) for each in hooks.PROGRAMS[hook_set]}
-        so_peercred = None
-        if so_peercred_flags:
-            try:
-                so_peercred = _verified(bcc, hooks.SO_PEERCRED, messages)
-            except Refused as refused:
-                why_no_so_peercred = str(refused.strerror)
-    maps = {name: _map(bcc, name) for name in MAPS}
-    return Capture(loaded, maps, missing, so_peercred, why_no_so_peercred, bcc)
+    level = cgroup_level(cgroup) if cgroup and hook_set == "trace" else 0
+    made_for = source(hook_set, bounded=level > 0)
+    compiled, from_cache = _compiled(made_for, cache)
+    maps = compiled.make_maps(
+        {"pending": max_pending, **dict.fromkeys(_AS_MANY_AS_CONNECTIONS, max_connections)},
+        running.maps if running else None,
+    )
+    settings = records.SETTINGS.pack(
+        cgroup.stat().st_ino if cgroup and level else 0,
+        level,
+        running.generation + 1 if running else 0,
+        *_shares(max_connections, max_pending, max_percent_per_user),
+    )
+    Map(maps["settings"]).update(bytes(4), settings)
+    loaded = {each: _verified(compiled, each, maps) for each in hooks.PROGRAMS[hook_set]}
+    so_peercred, why_no_so_peercred = None, made_for.why_no_so_peercred
+    if not why_no_so_peercred:
+        try:
+            so_peercred = _verified(compiled, hooks.SO_PEERCRED, maps)
+        except Refused as refused:
+            why_no_so_peercred = str(refused.strerror)
+    kept = {name: maps[name] for name in MAPS}
+    return Capture(
+        loaded, kept, made_for.missing_fields, so_peercred, why_no_so_peercred, from_cache
+    )
 
 
 def about(loaded: Capture, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -367,6 +384,14 @@ def about(loaded: Capture, settings: Mapping[str, Any]) -> dict[str, Any]:
         "max_percent_per_user": settings["max_percent_per_user"],
         "so_peercred": textwrap.shorten(loaded.why_no_so_peercred, REASON_LENGTH),
     }
+
+
+def _shares(max_connections: int, max_pending: int, percent: int) -> tuple[int, int, int]:
+    """How many connections one user may have, have under way, and have left at a server."""
+    if percent == 100:  # who may have all of a table is stopped by that alone
+        return (_UNLIMITED,) * 3
+    connections = records.share(max_connections, percent)
+    return connections, records.share(max_pending, percent), max(1, connections // 4)
 
 
 def _so_peercred_macros(types: KernelTypes) -> tuple[list[str], str]:
@@ -390,79 +415,29 @@ def _so_peercred_macros(types: KernelTypes) -> tuple[list[str], str]:
     ], ""
 
 
-def _compile(text: str, flags: list[str], messages: Callable[[], str]) -> Any:
-    try:
-        from bcc import BPF
-    except ImportError as error:
-        raise KernelError(
-            errno.ENOENT,
-            f"BCC cannot be imported ({error}); install the package python3-bpfcc and run "
-            "peercredd from an environment made by /usr/bin/python3 -m venv --system-site-packages",
-        ) from error
-
-    class Compiled(BPF):  # type: ignore[misc]
-        def _trace_autoload(self) -> None:
-            """Attach nothing: that is done in an order, and with errors that say why."""
-
-    try:
-        return Compiled(text=text.encode(), cflags=flags)
-    except Exception as error:
-        raise Refused("BCC cannot compile the BPF programs", messages()) from error
+def _compiled(made_for: Source, cache: Cache | None) -> tuple[Compiled, bool]:
+    """The programs, and whether they had been compiled before."""
+    key = hashlib.sha256(json.dumps([made_for, version(), os.uname()[2:]]).encode()).hexdigest()
+    if cache and (kept := cache.get(key)):
+        return kept, True
+    compiled = compile_programs(made_for.text, made_for.flags, source_folder(), made_for.programs)
+    if cache:
+        cache.put(key, compiled)
+    return compiled, False
 
 
-def _verified(bcc: Any, program: hooks.Program | hooks.Traced, messages: Callable[[], str]) -> int:
+def _verified(
+    compiled: Compiled, program: hooks.Program | hooks.Traced, maps: Mapping[str, int]
+) -> int:
     """A descriptor of the program, loaded."""
     try:
         if isinstance(program, hooks.Program):
-            function = bcc.load_func(
-                program.name.encode(), program.program_type, attach_type=program.attach_type
+            return compiled.load_for_cgroup(
+                program.name, program.program_type, program.attach_type, maps
             )
-        else:
-            function = bcc.load_func(_probe_name(bcc, program.name), BPF_PROG_TYPE_TRACING)
-    except Exception as error:
-        raise Refused(f"the kernel refuses {program.name}", messages()) from error
-    return int(function.fd)
-
-
-def _map(bcc: Any, name: str) -> int:
-    from bcc import lib
-
-    return int(lib.bpf_table_fd(bcc.module, name.encode()))
-
-
-def _probe_name(bcc: Any, function: str) -> bytes:
-    """What BCC's KFUNC_PROBE and KRETFUNC_PROBE, which differ by release, call a program."""
-    from bcc import lib
-
-    names = (lib.bpf_function_name(bcc.module, i) for i in range(lib.bpf_num_functions(bcc.module)))
-    name: bytes = next(name for name in names if name.endswith(f"__{function}".encode()))
-    return name
-
-
-@contextmanager
-def compiler_messages() -> Iterator[Any]:
-    """What clang and the verifier write to standard error meanwhile, as a function."""
-    # In memory: a full disk is no reason not to capture.
-    with open(os.memfd_create("messages"), "w+b") as log:
-        saved = os.dup(2)
-        os.dup2(log.fileno(), 2)
-
-        def read() -> str:
-            log.seek(0)
-            return log.read().decode(errors="backslashreplace")
-
-        try:
-            yield read
-        finally:
-            os.dup2(saved, 2)
-            os.close(saved)
-
-
-def summary(log: str) -> str:
-    """The line of a compiler's or verifier's log that says what is wrong."""
-    lines = [line for line in log.splitlines() if line.strip()]
-    errors = [line for line in lines if "error:" in line]
-    if errors:
-        return errors[0]
-    verdicts = [line for line in lines if not line.startswith(("processed ", "0:", "HINT"))]
-    return verdicts[-1] if verdicts else "no message"
+        at_return = program.result is not None
+        return compiled.load_for_function(
+            program.name, BPF_PROG_TYPE_TRACING, maps, at_return=at_return
+        )
+    except Rejected as error:
+        raise Refused(f"the kernel refuses {program.name}", error.log) from error

@@ -59,6 +59,13 @@ class Capture(_Table, frozen=True):
         str,
         _path("Folder on a bpffs where maps and attachments are pinned; mounted at /sys/fs/bpf."),
     ] = defaults.PIN_DIR
+    cache_dir: Annotated[
+        str,
+        _path(
+            "Folder of root's own where compiled programs are kept, so that the next start is "
+            "quicker. It may be emptied at any time."
+        ),
+    ] = defaults.CACHE_DIR
     hooks: Annotated[
         Literal["auto", "trace", "cgroup"],
         _option(

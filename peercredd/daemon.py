@@ -96,6 +96,7 @@ async def _live(config: Config, cgroup: Path) -> None:
         "peercredd.loader",
         {
             "pin_dir": capture.pin_dir,
+            "cache_dir": capture.cache_dir,
             "cgroup": str(cgroup),
             "hooks": capture.hooks,
             "max_connections": capture.max_connections,
@@ -142,6 +143,7 @@ async def _live(config: Config, cgroup: Path) -> None:
                             cgroup=str(cgroup),
                             pins=capture.pin_dir,
                             capture=loaded["capture"],
+                            compiled=loaded.get("compiled"),
                             server_pid=supervisor.server_pid,
                             seconds_to_first_answer=round(_age_seconds(), 2),
                         )
@@ -166,6 +168,8 @@ def _warn(loaded: dict[str, Any]) -> None:
             "answered with OLDER_THAN_CAPTURE",
             reason=why_not,
         )
+    if problem := loaded["cache_problem"]:
+        log.warning("compiled programs are not kept: the next start is slow, too", reason=problem)
     if loaded["capture"] != "found running" and (missing := about["missing_fields"]):
         log.warning("this kernel does not provide all of the credentials", missing=missing)
     if about["hook_set"] == "trace" and (objection := preemption.why_not_to_trace()):

@@ -10,6 +10,9 @@ CONFIG_FILE: Final = "/etc/peercredd/peercredd.toml"
 PIN_DIR: Final = "/sys/fs/bpf/peercredd"
 """A folder of its own on the bpffs that systemd mounts on every distribution."""
 
+CACHE_DIR: Final = "/var/cache/peercredd"
+"""systemd's CacheDirectory= makes the folder, for root alone."""
+
 HOOKS: Final = "auto"
 """Who accepted is worth knowing, and a kernel that locks tracing down should not need a setting."""
 

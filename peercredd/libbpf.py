@@ -12,6 +12,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 # PyDLL keeps the interpreter lock: these calls take a microsecond or so, and
 # giving the lock back and forth would cost more than the call.
@@ -23,10 +24,33 @@ BPF_F_RDONLY = 1 << 3
 BPF_PROG_TYPE_TRACING = 26
 _BPF_LINK_TYPE_TRACING = 2
 _BPF_STATS_RUN_TIME = 0
+_LOG_BYTES = 16 << 20
+_LICENSE = b"Dual MIT/GPL"
 
 
 class KernelError(OSError):
     """The kernel, or what is needed to use it, does not do its part; the text says what."""
+
+
+class Rejected(KernelError):  # noqa: N818 - by the kernel's verifier
+    """A program was not loaded. `log` is what the verifier said about it."""
+
+    def __init__(self, number: int, log: str) -> None:
+        super().__init__(number, os.strerror(number))
+        self.log = log
+
+
+class MapShape(NamedTuple):
+    """All that a map is made from, but its name (struct bpf_map_info)."""
+
+    type: int
+    key_size: int
+    value_size: int
+    max_entries: int
+    flags: int
+    key_type: int
+    """Of the key in the BTF that comes with it; 0 where it does not say."""
+    value_type: int
 
 
 def library() -> ctypes.PyDLL:
@@ -70,6 +94,44 @@ class _MapInfo(ctypes.Structure):
         ("key_size", ctypes.c_uint32),
         ("value_size", ctypes.c_uint32),
         ("max_entries", ctypes.c_uint32),
+        ("flags", ctypes.c_uint32),
+        ("left_out", ctypes.c_uint32 * 10),
+        ("types_id", ctypes.c_uint32),
+        ("key_type", ctypes.c_uint32),
+        ("value_type", ctypes.c_uint32),
+    )
+
+
+class _TypesInfo(ctypes.Structure):
+    # struct bpf_btf_info.
+    _fields_ = (("data", ctypes.c_uint64), ("size", ctypes.c_uint32), ("id", ctypes.c_uint32))
+
+
+class _MapOptions(ctypes.Structure):
+    # struct bpf_map_create_opts of libbpf's bpf.h, as far as it is set here.
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("types", ctypes.c_uint32),
+        ("key_type", ctypes.c_uint32),
+        ("value_type", ctypes.c_uint32),
+        ("left_out", ctypes.c_uint32 * 2),
+        ("flags", ctypes.c_uint32),
+    )
+
+
+class _LoadOptions(ctypes.Structure):
+    # struct bpf_prog_load_opts of libbpf's bpf.h, as far as it is set here.
+    _fields_ = (
+        ("sz", ctypes.c_size_t),
+        ("attempts", ctypes.c_int),
+        ("attach_type", ctypes.c_uint32),
+        ("left_out", ctypes.c_uint32 * 4),
+        ("function", ctypes.c_uint32),
+        ("left_out_too", ctypes.c_uint32 * 2),
+        ("pointers_left_out", ctypes.c_uint64 * 5),
+        ("log_level", ctypes.c_uint32),
+        ("log_size", ctypes.c_uint32),
+        ("log", ctypes.c_char_p),
     )
 
 
@@ -109,6 +171,107 @@ def get_pinned(path: Path, *, read_only: bool = False) -> int:
     """
     options = _ObjGetOpts(ctypes.sizeof(_ObjGetOpts), BPF_F_RDONLY if read_only else 0)
     return check(library().bpf_obj_get_opts(bytes(path), ctypes.byref(options)), f"open pin {path}")
+
+
+def shape_of(file_descriptor: int) -> tuple[MapShape, int]:
+    """What a map was made from, and the id of the types that it was made with; 0 if none."""
+    info = _map_info(file_descriptor)
+    return MapShape(
+        info.type,
+        info.key_size,
+        info.value_size,
+        info.max_entries,
+        info.flags,
+        info.key_type,
+        info.value_type,
+    ), int(info.types_id)
+
+
+def types_of(identity: int) -> bytes:
+    """The BTF of that id."""
+    descriptor = check(library().bpf_btf_get_fd_by_id(ctypes.c_uint32(identity)), "open types")
+    try:
+        info = _TypesInfo()
+        for _ in range(2):  # the second time there is room for them
+            size = ctypes.c_uint32(ctypes.sizeof(info))
+            data = ctypes.create_string_buffer(info.size)
+            info.data = ctypes.addressof(data)
+            check(
+                library().bpf_obj_get_info_by_fd(
+                    descriptor, ctypes.byref(info), ctypes.byref(size)
+                ),
+                "read types",
+            )
+    finally:
+        os.close(descriptor)
+    return data.raw
+
+
+def load_types(data: bytes) -> int:
+    """A descriptor of BTF that is handed to the kernel."""
+    return check(library().bpf_btf_load(data, ctypes.c_size_t(len(data)), None), "load types")
+
+
+def create_map(name: str, shape: MapShape, types: int) -> int:
+    """A descriptor of a new map, whose keys and values `types` describes."""
+    options = _MapOptions(
+        sz=ctypes.sizeof(_MapOptions),
+        types=types if shape.value_type else 0,
+        key_type=shape.key_type,
+        value_type=shape.value_type,
+        flags=shape.flags,
+    )
+    made = library().bpf_map_create(
+        shape.type,
+        name.encode(),
+        ctypes.c_uint32(shape.key_size),
+        ctypes.c_uint32(shape.value_size),
+        ctypes.c_uint32(shape.max_entries),
+        ctypes.byref(options),
+    )
+    return check(made, f"make the map {name}")
+
+
+def find_function(name: str, attach_type: int) -> int:
+    """The number by which a tracing program asks for a kernel function."""
+    found = library().libbpf_find_vmlinux_btf_id(name.encode(), attach_type)
+    return check(found, f"find {name}()")
+
+
+def load_program(
+    name: str, instructions: bytes, program_type: int, attach_type: int, function: int = 0
+) -> int:
+    """A descriptor of a program that the kernel has verified.
+
+    Raises:
+        Rejected: it has objections.
+    """
+
+    def load(log: ctypes.Array[ctypes.c_char] | None) -> int:
+        options = _LoadOptions(
+            sz=ctypes.sizeof(_LoadOptions),
+            attach_type=attach_type,
+            function=function,
+            log_level=1 if log else 0,
+            log_size=len(log) if log else 0,
+            log=ctypes.cast(log, ctypes.c_char_p) if log else None,
+        )
+        loaded: int = library().bpf_prog_load(
+            program_type,
+            name.encode(),
+            _LICENSE,
+            instructions,
+            ctypes.c_size_t(len(instructions) // 8),
+            ctypes.byref(options),
+        )
+        return loaded
+
+    if (descriptor := load(None)) >= 0:
+        return descriptor
+    log = ctypes.create_string_buffer(_LOG_BYTES)
+    if (descriptor := load(log)) >= 0:
+        return descriptor
+    raise Rejected(ctypes.get_errno() or -descriptor, log.value.decode(errors="backslashreplace"))
 
 
 def attach_to_cgroup(program: int, cgroup: int, attach_type: int) -> int:
@@ -187,6 +350,16 @@ def can_trace() -> bool:
     return bool(library().libbpf_probe_bpf_prog_type(BPF_PROG_TYPE_TRACING, None) == 1)
 
 
+def _map_info(file_descriptor: int) -> _MapInfo:
+    info = _MapInfo()
+    size = ctypes.c_uint32(ctypes.sizeof(info))
+    check(
+        library().bpf_obj_get_info_by_fd(file_descriptor, ctypes.byref(info), ctypes.byref(size)),
+        "read a map's shape",
+    )
+    return info
+
+
 def _link_info(link: int) -> _LinkInfo:
     info = _LinkInfo()
     size = ctypes.c_uint32(ctypes.sizeof(info))
@@ -217,18 +390,12 @@ class Map:
     def __init__(self, file_descriptor: int) -> None:
         """Take over `file_descriptor`."""
         self.file_descriptor = file_descriptor
-        info = _MapInfo()
-        size = ctypes.c_uint32(ctypes.sizeof(info))
-        bpf = library()
-        check(
-            bpf.bpf_obj_get_info_by_fd(file_descriptor, ctypes.byref(info), ctypes.byref(size)),
-            "read a map's shape",
-        )
+        info = _map_info(file_descriptor)
         self.key_size = int(info.key_size)
         self.value_size = int(info.value_size)
         self.max_entries = int(info.max_entries)
         self._value_type = ctypes.c_char * self.value_size
-        self._lookup = bpf.bpf_map_lookup_elem
+        self._lookup = library().bpf_map_lookup_elem
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Map:

@@ -1,7 +1,8 @@
 """The short-lived process that compiles, attaches and pins a capture.
 
-``python -m peercredd.loader JSON PID`` with pin_dir, cgroup, hooks, max_connections,
-max_pending and max_percent_per_user; its parent, of that pid, holds the pin directory.
+``python -m peercredd.loader JSON PID`` with pin_dir, cache_dir, cgroup, hooks,
+max_connections, max_pending and max_percent_per_user; its parent, of that pid, holds the
+pin directory.
 Exit status 0: the pins are in place, and standard output has one JSON object; 1: one line
 on standard error says why not, and nothing is left attached. ``--dry-run HOOK_SET`` has the kernel
 verify the programs; those of `trace` are attached for an instant, to see whether they
@@ -23,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from peercredd import about, capture, hooks, namespaces, older, pins, preemption, takeover, trial
+from peercredd.compiled import Cache
+from peercredd.compiler import Refused
 from peercredd.libbpf import KernelError, Map, attach_to_function, pin
 
 _PR_SET_PDEATHSIG = 1
@@ -40,7 +43,7 @@ def main(arguments: list[str]) -> int:
         else:
             outcome = start(json.loads(arguments[0]))
     except OSError as error:
-        if "--log" in arguments and isinstance(error, capture.Refused):
+        if "--log" in arguments and isinstance(error, Refused):
             print(error.log, file=sys.stderr)
         where = f"{error.filename}: " if error.filename else ""
         print(f"{where}{error.strerror}", file=sys.stderr)
@@ -74,6 +77,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     namespaces.own_cookie()
     pin_dir = Path(settings["pin_dir"])
     cgroup = Path(settings["cgroup"])
+    cache = Cache(Path(settings.pop("cache_dir")))
     fingerprint = _fingerprint(settings, cgroup)
     why_not = ""
     if running := pins.capture(pin_dir):
@@ -81,7 +85,7 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
             if said := _adoptable(running, fingerprint, cgroup):
                 how = "found running"
             else:
-                said = takeover.take_over(running, settings, cgroup, fingerprint)
+                said = takeover.take_over(running, settings, cgroup, fingerprint, cache)
                 how = "taken over"
         except takeover.NotPossible as reason:
             why_not = str(reason)
@@ -90,11 +94,11 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
             raise
         else:
             pins.clean_after_takeover(pin_dir)
-            return {"capture": how, "about": said}
+            return {"capture": how, "about": said, "cache_problem": cache.problem}
     pins.clean(pin_dir)
 
     try:
-        loaded, staged, hook_sets = _first_that_works(settings, cgroup, pin_dir)
+        loaded, staged, hook_sets = _first_that_works(settings, cgroup, pin_dir, cache)
         learnt = older.learn(Map(loaded.maps["older"]))
         said = {
             "fingerprint": fingerprint,
@@ -109,11 +113,18 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     except BaseException:
         pins.clean(pin_dir)
         raise
-    return {"capture": "begun", "about": said, "older": learnt, "lost": why_not}
+    return {
+        "capture": "begun",
+        "about": said,
+        "older": learnt,
+        "lost": why_not,
+        "cache_problem": cache.problem,
+        "compiled": "before" if loaded.from_cache else "now",
+    }
 
 
 def _first_that_works(
-    settings: dict[str, Any], cgroup: Path, pin_dir: Path
+    settings: dict[str, Any], cgroup: Path, pin_dir: Path, cache: Cache
 ) -> tuple[capture.Capture, Path, dict[str, Any]]:
     """A capture, where it is staged, and what to say of the choice."""
     asked = settings["hooks"]
@@ -130,6 +141,7 @@ def _first_that_works(
                 settings["max_pending"],
                 cgroup,
                 settings["max_percent_per_user"],
+                cache=cache,
             )
             staged = pins.stage(pin_dir)
             for name, descriptor in loaded.maps.items():

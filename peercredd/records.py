@@ -125,6 +125,8 @@ LEFT = struct.Struct("=i")
 """How many connections: the value of the maps ``left`` and ``left_over``."""
 PAIR = struct.Struct("=II")
 """Key of these: the uids of who connected and of who listens."""
+SETTINGS = struct.Struct("=QII3i4x")
+"""``struct settings``, in its order."""
 TOTALS = struct.Struct("=2Q")
 """``struct totals`` of one CPU: established, retired."""
 

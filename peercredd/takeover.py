@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from peercredd import about, capture, hooks, pins, trial
+from peercredd.compiled import Cache
 from peercredd.libbpf import (
     KernelError,
     Map,
@@ -52,7 +53,7 @@ def is_in_place(running: Path, programs: Iterable[str], cgroup: Path) -> bool:
 
 
 def take_over(
-    running: Path, settings: Mapping[str, Any], cgroup: Path, fingerprint: str
+    running: Path, settings: Mapping[str, Any], cgroup: Path, fingerprint: str, cache: Cache
 ) -> dict[str, Any]:
     """Make a running capture what `settings` ask for.
 
@@ -74,6 +75,7 @@ def take_over(
             cgroup,
             settings["max_percent_per_user"],
             capture.Running(maps, generation),
+            cache=cache,
         )
     except KernelError as error:
         if settings["hooks"] != "auto":

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import resource
+import shutil
 import signal
+import tempfile
 from collections.abc import Generator, Iterator
 from pathlib import Path
 
@@ -13,7 +16,7 @@ import peercred
 from harness import set_user_id, shares
 from harness.actors import Origin
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon
+from harness.daemon import CACHE, Daemon
 from harness.patience import patient
 from harness.requirements import (
     cannot_run,
@@ -43,6 +46,9 @@ def pytest_configure(config: pytest.Config) -> None:
     """What these tests, and the processes they start, need of the machine."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    if CACHE not in os.environ:  # else a worker, or somebody keeps it from run to run
+        os.environ[CACHE] = tempfile.mkdtemp(prefix="peercredd-test-cache-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(CACHE)))
     # A shell has what it starts in the background ignore it, and exec(2) hands that on.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line(

@@ -116,6 +116,7 @@ def daemon(folder: Path, captured: Path) -> Iterator[str]:
         process = subprocess.Popen(
             [
                 *(executable("peercredd"), "--config", "/dev/null", "--group", "root", "--no-tcp"),
+                *("--cache-dir", folder / "cache"),
                 *("--cgroup", captured, "--pin-dir", bpffs / "pins", "--socket", path),
             ],
             env={**os.environ, "NOTIFY_SOCKET": str(folder / "notify")},

@@ -27,6 +27,9 @@ STOP_SECONDS = patient(30)
 EMPTY_SECONDS = patient(10)
 _NEVER = "86400"
 
+CACHE = "PEERCREDD_TEST_CACHE"
+"""In the environment: the folder in which daemons find what earlier ones have compiled."""
+
 
 class Daemon:
     """A `peercredd` process; its capture covers `cgroup` and nothing else.
@@ -82,6 +85,7 @@ class Daemon:
                     *("--cgroup", str(cgroup.path) if cgroup else "root"),
                     *("--hooks", hook_set),
                     *("--pin-dir", str(self.pin_dir)),
+                    *("--cache-dir", os.environ[CACHE]),
                     *("--socket", str(self.socket)),
                     *(("--tcp-port", str(tcp_port)) if tcp_port else ("--no-tcp",)),
                     *("--group", "root", "--user", "nobody"),

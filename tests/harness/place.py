@@ -12,7 +12,7 @@ from uuid import uuid4
 
 from harness import programs
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon
+from harness.daemon import CACHE, Daemon
 from peercredd import defaults, pins
 from peercredd.hooks import PROGRAMS
 
@@ -33,6 +33,7 @@ class Place:
         self.table_size = random.randrange(1025, 16384)
         self.settings = {
             "pin_dir": str(self.pin_dir),
+            "cache_dir": os.environ[CACHE],
             "cgroup": str(cgroup.path),
             "hooks": hook_set,
             "max_connections": self.table_size,

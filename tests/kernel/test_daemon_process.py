@@ -21,6 +21,7 @@ import pytest
 
 import peercred
 from harness.cgroup import Cgroup
+from harness.daemon import CACHE
 from harness.patience import CALL_SECONDS, patient
 from peercredd import pins
 from peercredd.hooks import HOOK_SETS
@@ -53,6 +54,7 @@ class Process:
             *("--cgroup", str(self.cgroup.path)),
             *("--hooks", self.hook_set),
             *("--pin-dir", str(self.pin_dir)),
+            *("--cache-dir", os.environ[CACHE]),
             *("--socket", str(self.socket)),
             "--no-tcp",
             *("--group", "root", "--user", "nobody"),

@@ -18,7 +18,7 @@ import pytest
 
 import peercred
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon
+from harness.daemon import CACHE, Daemon
 from harness.requirements import why_no_hook_set
 from harness.routes import V4
 from harness.stage import Stage
@@ -107,6 +107,7 @@ class Pins:
     def load(self, patch: str, hook_sets: str) -> subprocess.CompletedProcess[str]:
         settings = {
             "pin_dir": str(self.path),
+            "cache_dir": os.environ[CACHE],
             "cgroup": str(self._cgroup.path),
             "hooks": hook_sets,
             "max_connections": 1024,

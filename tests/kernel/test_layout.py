@@ -10,14 +10,15 @@ from typing import Any
 
 import pytest
 
-from peercredd import capture, records
+from peercredd import capture, compiler, records
 
 pytestmark = pytest.mark.kernel
 
 
 @pytest.fixture(scope="module")
 def compiled(hook_set: str) -> Any:
-    return capture.load(hook_set, max_connections=64, max_pending=64).bcc
+    source = capture.source(hook_set)
+    return compiler.compiled_by_bcc(source.text, source.flags, capture.source_folder())
 
 
 def offsets(layout: struct.Struct) -> Iterator[int]:
@@ -108,6 +109,13 @@ def test_what_a_user_holds_is_decoded_where_it_is_counted(compiled: Any) -> None
             zip(("client_uid", "listener_uid"), offsets(records.PAIR), strict=True)
         )
         assert ctypes.sizeof(compiled[name].Leaf) == records.LEFT.size
+
+
+def test_settings_are_packed_as_they_are_read(compiled: Any) -> None:
+    leaf = compiled[b"settings"].Leaf
+
+    assert list(members(leaf).values()) == list(offsets(records.SETTINGS))
+    assert ctypes.sizeof(leaf) == records.SETTINGS.size
 
 
 def test_there_is_a_counter_for_each_reason_to_drop_a_record(compiled: Any) -> None:

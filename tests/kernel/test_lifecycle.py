@@ -170,7 +170,8 @@ KILLED_LOADER = textwrap.dedent(
     from peercredd import capture, hooks, loader, pins
 
     settings, pin_dir = sys.argv[1], pins.Path(sys.argv[2])
-    capture.load = functools.cache(capture.load)
+    load = functools.cache(capture.load)
+    capture.load = lambda *arguments, cache=None: load(*arguments)
 
     def counted(function):
         def wrapper(*arguments):
@@ -187,7 +188,7 @@ KILLED_LOADER = textwrap.dedent(
     ):
         setattr(module, name, counted(getattr(module, name)))
 
-    # Compiled once, here: those that are killed inherit it.
+    # Loaded once, here: those that are killed inherit it.
     given = loader.json.loads(settings)
     names = ("hooks", "max_connections", "max_pending")
     cgroup, share = loader.Path(given["cgroup"]), given["max_percent_per_user"]

@@ -1,0 +1,208 @@
+"""What the compiler makes of the BPF sources, free of the process and of the maps it made it with.
+
+So it can be kept: compiling takes the most of a start. Whatever is kept, the kernel
+verifies it anew each time.
+"""
+
+from __future__ import annotations
+
+import base64
+import errno
+import hashlib
+import json
+import os
+import stat
+import struct
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from peercredd.libbpf import (
+    MapShape,
+    create_map,
+    find_function,
+    get_pinned,
+    load_program,
+    load_types,
+)
+
+_KEPT = 8
+"""Programs of an earlier kernel or version are of use to somebody who goes back."""
+
+_LOAD_64_BITS = 0x18  # BPF_LD | BPF_DW | BPF_IMM, of two instructions
+_MAP_DESCRIPTOR = 1  # BPF_PSEUDO_MAP_FD, in the upper half of the registers
+_SIZE = 8
+_FENTRY, _FEXIT = 24, 25  # enum bpf_attach_type
+
+
+class Instructions(NamedTuple):
+    """A program; where it refers to a map there is 0."""
+
+    code: bytes
+    maps: tuple[tuple[int, str], ...]
+    """Offset in `code` of each reference, and the map's name."""
+
+    @classmethod
+    def of(cls, code: bytes, names: Mapping[int, str]) -> Instructions:
+        """Take the maps' descriptors, of which `names` tells the names, out of a program."""
+        found = []
+        free = bytearray(code)
+        offset = 0
+        while offset < len(code):
+            operation, registers = code[offset], code[offset + 1]
+            if operation == _LOAD_64_BITS and registers >> 4 == _MAP_DESCRIPTOR:
+                (descriptor,) = struct.unpack_from("=i", code, offset + 4)
+                struct.pack_into("=i", free, offset + 4, 0)
+                found.append((offset, names[descriptor]))
+            offset += 2 * _SIZE if operation == _LOAD_64_BITS else _SIZE
+        return cls(bytes(free), tuple(found))
+
+    def bound(self, maps: Mapping[str, int]) -> bytes:
+        """The program with these descriptors in it."""
+        code = bytearray(self.code)
+        for offset, name in self.maps:
+            struct.pack_into("=i", code, offset + 4, maps[name])
+        return bytes(code)
+
+
+class Compiled(NamedTuple):
+    """All of a hook set."""
+
+    types: bytes
+    """BTF, of keys and values."""
+    maps: dict[str, MapShape]
+    programs: dict[str, Instructions]
+
+    def make_maps(self, sizes: Mapping[str, int], pinned: Path | None) -> dict[str, int]:
+        """Descriptors of all maps: new ones, but for those that are pinned in a folder.
+
+        Args:
+            sizes: how many entries there are to be, of those that are not of one size.
+            pinned: the folder.
+
+        Raises:
+            KernelError: the kernel makes none.
+        """
+        types = load_types(self.types)
+        try:
+            return {
+                name: get_pinned(pinned / name)
+                if pinned and (pinned / name).exists()
+                else create_map(
+                    name, shape._replace(max_entries=sizes.get(name, shape.max_entries)), types
+                )
+                for name, shape in self.maps.items()
+            }
+        finally:
+            os.close(types)
+
+    def load_for_cgroup(
+        self, name: str, program_type: int, attach_type: int, maps: Mapping[str, int]
+    ) -> int:
+        """A descriptor of a program that goes on a cgroup.
+
+        Raises:
+            Rejected: the kernel's verifier does not take it.
+        """
+        code = self.programs[name].bound(maps)
+        return load_program(name, code, program_type, attach_type)
+
+    def load_for_function(
+        self, name: str, program_type: int, maps: Mapping[str, int], *, at_return: bool
+    ) -> int:
+        """A descriptor of a program that goes on the kernel function of that name.
+
+        Raises:
+            Rejected: the kernel's verifier does not take it.
+            KernelError: there is no such function.
+        """
+        place = _FEXIT if at_return else _FENTRY
+        code = self.programs[name].bound(maps)
+        return load_program(name, code, program_type, place, find_function(name, place))
+
+
+class Cache:
+    """A folder of root's in which what was compiled is kept, by all that it was compiled from.
+
+    Nobody is told that there is no room, or no such folder: then it is compiled again. What
+    others could have written is not read, and `problem` says so.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Use a folder, which is made if need be."""
+        self._folder = folder
+        self.problem = ""
+
+    def get(self, key: str) -> Compiled | None:
+        """What was put there under this key, if it is all there."""
+        try:
+            self._examine()
+            path = self._folder / key
+            digest, _, text = path.read_text().partition("\n")
+            if digest != _digest(key, text):
+                return None
+            kept = _from_json(json.loads(text))
+            os.utime(path)
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return kept
+
+    def put(self, key: str, compiled: Compiled) -> None:
+        """Keep it; what was not asked for for longest goes."""
+        text = json.dumps(_to_json(compiled))
+        unfinished = self._folder / f".{os.getpid()}"
+        try:
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._examine()
+            with open(
+                os.open(unfinished, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w"
+            ) as file:
+                file.write(f"{_digest(key, text)}\n{text}")
+            unfinished.rename(self._folder / key)
+            by_age = sorted(self._folder.iterdir(), key=lambda each: each.stat().st_mtime_ns)
+            for path in by_age[:-_KEPT]:
+                path.unlink()
+        except OSError as error:
+            self.problem = self.problem or f"{self._folder}: {error.strerror}"
+            with suppress(OSError):
+                unfinished.unlink()
+
+    def _examine(self) -> None:
+        status = self._folder.lstat()
+        if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid():
+            why = "is not a folder of the user that loads programs"
+        elif status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            why = "can be written to by others"
+        else:
+            return
+        self.problem = f"{self._folder} {why}"
+        raise PermissionError(errno.EPERM, why)
+
+
+def _digest(key: str, text: str) -> str:
+    return hashlib.sha256(f"{key}\n{text}".encode()).hexdigest()
+
+
+def _to_json(compiled: Compiled) -> dict[str, Any]:
+    return {
+        "types": base64.b64encode(compiled.types).decode(),
+        "maps": compiled.maps,
+        "programs": {
+            name: [base64.b64encode(program.code).decode(), program.maps]
+            for name, program in compiled.programs.items()
+        },
+    }
+
+
+def _from_json(kept: Any) -> Compiled:
+    return Compiled(
+        base64.b64decode(kept["types"]),
+        {name: MapShape(*shape) for name, shape in kept["maps"].items()},
+        {
+            name: Instructions(
+                base64.b64decode(code), tuple((offset, table) for offset, table in maps)
+            )
+            for name, (code, maps) in kept["programs"].items()
+        },
+    )
