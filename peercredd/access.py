@@ -300,44 +300,25 @@ class OwnView:
         }
 
     def _answer(self, sighting: Sighting) -> Answer | Reason:
-        answer = self._visible(sighting)
-        if answer is None:
-            self._source.spend(sighting, self._caller.server_socket_cookie)
-            self._refusals.count(
-                Refused.NOT_VISIBLE, self._caller.uid, int(sighting.connection is not None)
+        uid, owners = self._caller.uid, sighting.owners
+        serves = owners is not None and uid in (owners.listener, owners.acceptor)
+        connected = owners is not None and uid == owners.client and owners.listener is not None
+        if serves if sighting.asker_is_server else connected:
+            answer = sighting.answer()
+            # Nothing else was found for the one who asks: whose it is has told so.
+            assert isinstance(answer, Answer)
+            if sighting.asker_is_server:
+                return answer
+            return answer._replace(
+                peer=self._shown(answer.peer), acceptor=answer.acceptor if serves else None
             )
-            return Reason.NOT_VISIBLE
-        return answer
-
-    def _visible(self, sighting: Sighting) -> Answer | None:
-        connection = sighting.connection
-        if connection is None:
-            return None
-        serves = self._serves(connection)
-        if sighting.asker_is_server:
-            peer = connection.client if serves else None
-        elif connection.client.euid == self._caller.uid and connection.listener:
-            peer = self._shown(connection.listener)
-        else:
-            peer = None
-        if peer is None:
-            return None
-        return Answer(
-            peer,
-            sighting.asker_is_server,
-            connection.tuple,
-            connection.server_socket_cookie,
-            connection.client_socket_cookie,
-            connection.established_time_ns,
-            connection.acceptor if serves else None,
-        )
+        self._source.spend(sighting, self._caller.server_socket_cookie)
+        self._refusals.count(Refused.NOT_VISIBLE, uid, int(owners is not None))
+        return Reason.NOT_VISIBLE
 
     def _serves(self, connection: Connection) -> bool:
-        uid = self._caller.uid
-        listener, acceptor = connection.listener, connection.acceptor
-        return (listener is not None and listener.euid == uid) or (
-            acceptor is not None and acceptor.euid == uid
-        )
+        ends = (connection.listener, connection.acceptor)
+        return any(end is not None and end.euid == self._caller.uid for end in ends)
 
     def _shown(self, listener: Credentials) -> Credentials:
         if self._listener_details or listener.euid == self._caller.uid:

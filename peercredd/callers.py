@@ -79,8 +79,9 @@ class Callers:
         self._policy = policy
         self._refusals = refusals
         self._service = service
-        self._calls: Counter[int] = Counter()
-        self._lists: Counter[int] = Counter()
+        # Not Counters: what one lacks takes a microsecond to say.
+        self._calls: dict[int, int] = {}
+        self._lists: dict[int, int] = {}
         # For each call the table is asked; but the same bytes always mean the same.
         self._tuple = lru_cache(_REMEMBERED)(self._tuple_of)
         self._admission = lru_cache(_REMEMBERED)(self._admission_of)
@@ -101,20 +102,21 @@ class Callers:
 
     def begin(self, uid: int, *, lists: bool) -> None:
         """Count a call. Raises RequestError if there are as many as one user may have."""
-        if self._calls[uid] >= MAX_CALLS_PER_USER:
+        calls = self._calls.get(uid, 0)
+        if calls >= MAX_CALLS_PER_USER:
             raise self._too_many(uid, MAX_CALLS_PER_USER, "calls")
         if lists:
-            if self._lists[uid] >= MAX_LISTS_PER_USER:
+            listing = self._lists.get(uid, 0)
+            if listing >= MAX_LISTS_PER_USER:
                 raise self._too_many(uid, MAX_LISTS_PER_USER, "calls of ListConnections")
-            self._lists[uid] += 1
-        self._calls[uid] += 1
+            self._lists[uid] = listing + 1
+        self._calls[uid] = calls + 1
 
     def end(self, uid: int, *, lists: bool) -> None:
         """Count it no more."""
-        for counter in (self._calls, self._lists) if lists else (self._calls,):
-            counter[uid] -= 1
-            if not counter[uid]:
-                del counter[uid]
+        _one_less(self._calls, uid)
+        if lists:
+            _one_less(self._lists, uid)
 
     def _identify(self, peer: str) -> tuple[int, bytes]:
         """Cookie of the daemon's socket, and record of the caller; RequestError if it has none."""
@@ -243,6 +245,14 @@ class _Admitted:
 
     def __exit__(self, *_: object) -> None:
         self._callers.end(self._uid, lists=self._lists)
+
+
+def _one_less(counts: dict[int, int], uid: int) -> None:
+    count = counts[uid] - 1
+    if count:
+        counts[uid] = count
+    else:
+        del counts[uid]
 
 
 def _endpoint(peer: str) -> _Peer:

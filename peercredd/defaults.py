@@ -68,8 +68,8 @@ LOG_FORMAT: Final = "auto"
 """Text where a person or the journal reads, JSON where a collector does."""
 
 LOADER_TIMEOUT_SECONDS: Final = 300
-"""A load takes a second, nearly all of it the compiler's; an emulated machine that has other
-work takes more than a minute. Beyond this it hangs."""
+"""A load takes a second, the first one some more for the compiler; an emulated machine that has
+other work takes more than a minute. Beyond this it hangs."""
 
 REFUSALS_LOG_SECONDS: Final = 60
 """What callers were refused is logged once in that time, however much it was."""

@@ -72,6 +72,8 @@ class Credentials(NamedTuple):
 CREDENTIALS = struct.Struct(f"=4Q17I16s{MAX_GROUPS * 4}sI{MAX_PID_LEVELS * 8}sI4x")
 CHARGED_UID_OFFSET = CREDENTIALS.size - struct.calcsize("=I4x")
 """Of charged_uid, which comes last."""
+EUID_OFFSET = struct.calcsize("=4Q6I")
+"""Of euid; nothing before it is padded."""
 
 
 def groups(record: Credentials) -> memoryview:
@@ -116,6 +118,12 @@ CLIENT_OFFSET = CONNECTION_ACCEPTED_OFFSET + CONNECTION_ACCEPTED.size
 LISTENER_OFFSET = CLIENT_OFFSET + CREDENTIALS.size
 ACCEPTOR_OFFSET = LISTENER_OFFSET + CREDENTIALS.size
 CONNECTION_SIZE = ACCEPTOR_OFFSET + CREDENTIALS.size
+_FROM_EUID_TO_EUID = CREDENTIALS.size - 4
+_OWNERS = struct.Struct(
+    f"=Q16xQ{CONNECTION_ACCEPTED_OFFSET - CONNECTION_HEAD.size}xQ"
+    f"{EUID_OFFSET}xI{_FROM_EUID_TO_EUID}xI{_FROM_EUID_TO_EUID}xI"
+)
+"""established_ns, listener_cookie, accepted_ns, and each euid."""
 
 USER = struct.Struct("=3i")
 """`Holdings`: the value of the maps ``users`` and ``users_over``."""
@@ -273,22 +281,22 @@ def connection(data: bytes) -> Connection | None:
     )
 
 
-def whole_connection(data: bytes) -> Connection | None:
-    """Like `connection`, and with the same work whatever is written there."""
-    established, server, client, listener = CONNECTION_HEAD.unpack_from(data)
-    (accepted,) = CONNECTION_ACCEPTED.unpack_from(data, CONNECTION_ACCEPTED_OFFSET)
-    of_listener, of_acceptor = (
-        credentials(data, LISTENER_OFFSET),
-        credentials(data, ACCEPTOR_OFFSET),
-    )
-    decoded = Connection(
-        tuple=Tuple._make(TUPLE.unpack_from(data, CONNECTION_TUPLE_OFFSET)),
-        server_socket_cookie=server,
-        client_socket_cookie=client,
-        listener_socket_cookie=listener,
-        established_time_ns=established,
-        client=credentials(data, CLIENT_OFFSET),
-        listener=of_listener if listener else None,
-        acceptor=of_acceptor if accepted else None,
-    )
-    return decoded if established else None
+class Owners(NamedTuple):
+    """Whose a connection is: effective uids."""
+
+    client: int
+    listener: int | None
+    """None where the listener is older than the capture."""
+    acceptor: int | None
+    """None as long as nobody has accepted, or none was seen to."""
+
+
+def owners(data: bytes) -> Owners | None:
+    """Decode whose a ``struct connection`` is, with the same work whatever is written there.
+
+    None while the kernel is still writing it.
+    """
+    established, listener_cookie, accepted, client, listener, acceptor = _OWNERS.unpack_from(data)
+    if not established:
+        return None
+    return Owners(client, listener if listener_cookie else None, acceptor if accepted else None)

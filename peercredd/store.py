@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +24,7 @@ from peercredd.libbpf import (
     run_count,
 )
 from peercredd.namespaces import own_cookie
-from peercredd.records import Connection, Credentials, Tuple
+from peercredd.records import Connection, Credentials, Owners, Tuple
 from peercredd.so_peercred import Row
 
 _COOKIE = struct.Struct("=Q")
@@ -65,9 +66,12 @@ class Answer(NamedTuple):
 
 
 class Sighting(NamedTuple):
-    """A whole connection as one of its ends asks for it, and how many map lookups it took."""
+    """A connection as one of its ends asks for it, and how many map lookups it took."""
 
-    connection: Connection | None
+    owners: Owners | None
+    """None if there is none."""
+    answer: Callable[[], Answer | Reason]
+    """What one who may learn all would be told."""
     asker_is_server: bool
     hits: int
     misses: int
@@ -238,23 +242,22 @@ class Store:
         return server, data[records.CLIENT_OFFSET : records.LISTENER_OFFSET]
 
     def sight_by_socket(self, cookie: int) -> Sighting:
-        """What `find_by_socket` would answer from, with both ends of it."""
+        """What `find_by_socket` would answer from, and whose it is."""
         key = _COOKIE.pack(cookie)
         as_server = self._connections.lookup(key)
         if as_server and not records.ends(as_server).server_gone:
-            return Sighting(records.whole_connection(as_server), True, 1, 0)
+            return _sighting(as_server, True, 1, 0)
         server = self._by_client.lookup(key)
         data = self._connections.lookup(server) if server else None
-        found = records.whole_connection(data) if data else None
-        if found and found.client_socket_cookie != cookie:
-            found = None
         hits = sum(value is not None for value in (as_server, server, data))
-        return Sighting(found, False, hits, 2 + (server is not None) - hits)
+        if data and records.CONNECTION_HEAD.unpack_from(data)[2] != cookie:
+            data = None
+        return _sighting(data, False, hits, 2 + (server is not None) - hits)
 
     def sight_by_tuple(
         self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
     ) -> Sighting:
-        """What `find_by_tuple` would answer from, with both ends of it."""
+        """What `find_by_tuple` would answer from, and whose it is."""
         pack = records.TUPLE.pack
         hits = misses = 0
         for key, asker_is_server in (
@@ -264,14 +267,14 @@ class Store:
             data, done = self._newest(key)
             hits, misses = hits + done[0], misses + done[1]
             if data:
-                return Sighting(records.whole_connection(data), asker_is_server, hits, misses)
-        return Sighting(None, False, hits, misses)
+                return _sighting(data, asker_is_server, hits, misses)
+        return _sighting(None, False, hits, misses)
 
     def spend(self, sighting: Sighting, present: int) -> None:
         """Make up for what a sighting took less than the longest one that there could be.
 
         Args:
-            sighting: it took so many lookups, and decoded a record if it has one.
+            sighting: it took so many lookups, and decoded whose it is if it is anybody's.
             present: cookie of a server socket that has a record.
         """
         data = None
@@ -279,8 +282,8 @@ class Store:
             data = self._connections.lookup(_COOKIE.pack(present)) or data
         for _ in range(_MOST_LOOKUPS - sighting.misses):
             self._connections.lookup(_NO_COOKIE)
-        if data and not sighting.connection:
-            records.whole_connection(data)
+        if data and not sighting.owners:
+            records.owners(data)
 
     def pages(self, size: int) -> Iterator[list[Connection]]:
         """All connections that are there throughout, about so many at a time."""
@@ -422,6 +425,13 @@ class Store:
         if value is None:
             raise KernelError(0, f"the drop counter {index} is missing from the capture")
         return int(_DROP_COUNT.unpack(value)[0])
+
+
+def _sighting(data: bytes | None, asker_is_server: bool, hits: int, misses: int) -> Sighting:
+    owners = records.owners(data) if data else None
+    return Sighting(
+        owners, partial(_answer, data or b"", asker_is_server), asker_is_server, hits, misses
+    )
 
 
 def _answer(data: bytes, asker_is_server: bool) -> Answer | Reason:

@@ -16,6 +16,7 @@ from peercredd.records import (
     V4_MAPPED,
     Connection,
     Credentials,
+    Owners,
     Tuple,
 )
 from peercredd.store import Answer, Attachment, Drop, Reason, Sighting, StoreStatus, Table, Totals
@@ -128,20 +129,20 @@ class MemoryView:
     def sight_by_socket(self, cookie: int) -> Sighting:
         for found in self.connections.values():
             if cookie == found.server_socket_cookie:
-                return Sighting(found, True, 1, 0)
+                return sighting(found, True, 1, 0)
             if cookie == found.client_socket_cookie:
-                return Sighting(found, False, 1, 1)
-        return Sighting(None, False, 0, 2)
+                return sighting(found, False, 1, 1)
+        return sighting(None, False, 0, 2)
 
     def sight_by_tuple(
         self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
     ) -> Sighting:
         for found in self.connections.values():
             if found.tuple == (netns_cookie, remote, local, remote_port, local_port):
-                return Sighting(found, True, 2, 0)
+                return sighting(found, True, 2, 0)
             if found.tuple == (netns_cookie, local, remote, local_port, remote_port):
-                return Sighting(found, False, 2, 1)
-        return Sighting(None, False, 0, 2)
+                return sighting(found, False, 2, 1)
+        return sighting(None, False, 0, 2)
 
     def spend(self, sighting: Sighting, present: int) -> None:
         self.spent += 1
@@ -197,6 +198,22 @@ class MemoryView:
             program: Attachment(attached, *self.counts.get(program, (None, None)))
             for program, attached in self.attached.items()
         }
+
+
+def sighting(found: Connection | None, asker_is_server: bool, hits: int, misses: int) -> Sighting:
+    if found is None:
+        return Sighting(None, lambda: Reason.NEVER_SEEN, asker_is_server, hits, misses)
+    return Sighting(
+        Owners(
+            found.client.euid,
+            found.listener.euid if found.listener else None,
+            found.acceptor.euid if found.acceptor else None,
+        ),
+        lambda: _answer(found, asker_is_server=asker_is_server),
+        asker_is_server,
+        hits,
+        misses,
+    )
 
 
 def _answer(found: Connection, *, asker_is_server: bool) -> Answer:

@@ -22,8 +22,9 @@ from peercred.cli.whoami import ask_about_myself
 # Inode numbers of the initial namespaces: PID_NS_INIT_INO, USER_NS_INIT_INO of linux/nsfs.h.
 INITIAL_NAMESPACES = {"pid": 0xEFFFFFFC, "user": 0xEFFFFFFD}
 
-# Seconds. BCC compiles for one or two, on a loaded machine for many more.
-HOST_CHECK_TIMEOUT = 120
+# Seconds. BCC compiles each of two hook sets for some, on a loaded or emulated machine for
+# minutes; peercredd gives each of them up by itself after 300.
+HOST_CHECK_TIMEOUT = 660
 
 MEND_THE_DAEMON = "see 'daemon reachable'"
 MEND_BY_THE_LOG = "see the log: `journalctl -u peercredd`"
