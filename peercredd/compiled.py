@@ -125,8 +125,8 @@ class Compiled(NamedTuple):
 class Cache:
     """A folder of root's in which what was compiled is kept, by all that it was compiled from.
 
-    Nobody is told that there is no room, or no such folder: then it is compiled again. What
-    others could have written is not read, and `problem` says so.
+    What is missing, damaged, or could have been written by others, is compiled again. Why nothing
+    is kept says `problem`, in one line; it is empty where all is well.
     """
 
     def __init__(self, folder: Path) -> None:
