@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pwd
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,12 +17,15 @@ from harness.actors import PYTHON, Origin
 from harness.daemon import Daemon
 from harness.routes import V4
 from harness.stage import Stage
-from harness.users import ALICE, SERVICE
+from harness.users import ALICE
 
 # The socket of process 1 is in the cgroup of process 1: the whole host has to be captured.
 pytestmark = [pytest.mark.kernel, pytest.mark.systemd, pytest.mark.hook_sets("trace")]
 
 UNITS = Path("/run/systemd/system")
+GAMES = pwd.getpwnam("games").pw_uid
+"""Of the tests' own users systemd knows none: it starts nothing for a number without a name."""
+
 TARGET = ("127.0.0.1", 7338)
 """No unit of a test's can have a port that the kernel chooses."""
 
@@ -48,14 +52,14 @@ def daemon(hook_set: str) -> Iterator[Daemon]:
 
 @pytest.fixture
 def waiting(daemon: Daemon) -> Iterator[None]:
-    """Process 1 listens for a service of SERVICE's, that does not run yet."""
+    """Process 1 listens for a service of games's, that does not run yet."""
     name = f"peercreddtest{uuid4().hex[:12]}"
     program = UNITS / f"{name}.py"
     files = {
         program: PROGRAM,
         UNITS / f"{name}.socket": "[Socket]\nListenStream={}:{}\n".format(*TARGET),
         UNITS / f"{name}.service": (
-            f"[Service]\nUser={SERVICE}\nGroup={SERVICE}\nExecStart={PYTHON} {program}\n"
+            f"[Service]\nUser=games\nGroup=games\nExecStart={PYTHON} {program}\n"
         ),
     }
     for file, text in files.items():
@@ -91,5 +95,5 @@ def test_process_1_has_listened_and_the_service_accepts_as_itself(daemon: Daemon
         assert (at_client.pid, at_client.uid) == (1, 0)
         assert (at_server.pid, at_server.uid) == (client.pid, ALICE)
         for answer in (at_client, at_server):
-            assert acceptor_of(answer) == told_acceptor(daemon.hook_set, service, SERVICE)
+            assert acceptor_of(answer) == told_acceptor(daemon.hook_set, service, GAMES)
         client(os.close, fd)
