@@ -54,14 +54,7 @@ BPF_F_TABLE("percpu_array", int, struct totals, totals, 1, 0);
  * cookie of one that was retired. The daemon sets `watched` while anybody does. */
 BPF_F_TABLE("array", int, u32, watched, 1, 0);
 
-struct events_table_t {
-    int key;
-    u32 leaf;
-    int (*ringbuf_output)(void *, u64, u64);
-    u32 max_entries;
-};
-__attribute__((section("maps/ringbuf"))) struct events_table_t events = {
-    .max_entries = EVENT_PAGES * PAGE_SIZE};
+BPF_RINGBUF_OUTPUT(events, EVENT_PAGES);
 
 /* An all-zero record, too large for the stack, to insert before filling in. */
 BPF_F_TABLE("array", int, struct connection, empty_connection, 1, 0);
