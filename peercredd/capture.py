@@ -17,7 +17,7 @@ from peercredd import hooks, records
 from peercredd.btf import KernelTypes, MemberMissing
 from peercredd.compiled import Cache, Compiled
 from peercredd.compiler import Refused, compile_programs, version
-from peercredd.libbpf import BPF_PROG_TYPE_TRACING, KernelError, Map, Rejected, can_trace
+from peercredd.libbpf import KernelError, Map, Rejected, can_trace
 from peercredd.mounts import cgroup_level
 
 REQUIRED = {
@@ -430,14 +430,8 @@ def _verified(
     compiled: Compiled, program: hooks.Program | hooks.Traced, maps: Mapping[str, int]
 ) -> int:
     """A descriptor of the program, loaded."""
+    code = compiled.programs[program.name].bound(maps)
     try:
-        if isinstance(program, hooks.Program):
-            return compiled.load_for_cgroup(
-                program.name, program.program_type, program.attach_type, maps
-            )
-        at_return = program.result is not None
-        return compiled.load_for_function(
-            program.name, BPF_PROG_TYPE_TRACING, maps, at_return=at_return
-        )
+        return program.load(code)
     except Rejected as error:
         raise Refused(f"the kernel refuses {program.name}", error.log) from error

@@ -18,14 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from peercredd.libbpf import (
-    MapShape,
-    create_map,
-    find_function,
-    get_pinned,
-    load_program,
-    load_types,
-)
+from peercredd.libbpf import MapShape, create_map, get_pinned, load_types
 
 _KEPT = 8
 """Programs of an earlier kernel or version are of use to somebody who goes back."""
@@ -33,7 +26,6 @@ _KEPT = 8
 _LOAD_64_BITS = 0x18  # BPF_LD | BPF_DW | BPF_IMM, of two instructions
 _MAP_DESCRIPTOR = 1  # BPF_PSEUDO_MAP_FD, in the upper half of the registers
 _SIZE = 8
-_FENTRY, _FEXIT = 24, 25  # enum bpf_attach_type
 
 
 class Instructions(NamedTuple):
@@ -96,30 +88,6 @@ class Compiled(NamedTuple):
             }
         finally:
             os.close(types)
-
-    def load_for_cgroup(
-        self, name: str, program_type: int, attach_type: int, maps: Mapping[str, int]
-    ) -> int:
-        """A descriptor of a program that goes on a cgroup.
-
-        Raises:
-            Rejected: the kernel's verifier does not take it.
-        """
-        code = self.programs[name].bound(maps)
-        return load_program(name, code, program_type, attach_type)
-
-    def load_for_function(
-        self, name: str, program_type: int, maps: Mapping[str, int], *, at_return: bool
-    ) -> int:
-        """A descriptor of a program that goes on the kernel function of that name.
-
-        Raises:
-            Rejected: the kernel's verifier does not take it.
-            KernelError: there is no such function.
-        """
-        place = _FEXIT if at_return else _FENTRY
-        code = self.programs[name].bound(maps)
-        return load_program(name, code, program_type, place, find_function(name, place))
 
 
 class Cache:

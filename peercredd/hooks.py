@@ -6,7 +6,16 @@ import errno
 from typing import NamedTuple
 
 from peercredd.btf import KernelTypes, Prototype
-from peercredd.libbpf import KernelError, attach_to_cgroup, attach_to_function
+from peercredd.libbpf import (
+    BPF_PROG_TYPE_TRACING,
+    KernelError,
+    attach_to_cgroup,
+    attach_to_function,
+    find_function,
+    load_program,
+)
+
+_FENTRY, _FEXIT = 24, 25  # enum bpf_attach_type
 
 
 class Program(NamedTuple):
@@ -15,6 +24,14 @@ class Program(NamedTuple):
     name: str
     program_type: int
     attach_type: int
+
+    def load(self, code: bytes) -> int:
+        """Have the kernel verify the program; its descriptor.
+
+        Raises:
+            Rejected: the verifier does not take it.
+        """
+        return load_program(self.name, code, self.program_type, self.attach_type)
 
     def attach(self, program: int, cgroup: int) -> int:
         """Attach the loaded program to an open cgroup directory; a link's descriptor."""
@@ -32,6 +49,17 @@ class Traced(NamedTuple):
     """Its type, for a program that runs when the function returns."""
     on_every_path: bool = True
     """Whether each connection passes through."""
+
+    def load(self, code: bytes) -> int:
+        """Have the kernel verify the program; its descriptor.
+
+        Raises:
+            Rejected: the verifier does not take it.
+            KernelError: there is no such function.
+        """
+        place = _FEXIT if self.result else _FENTRY
+        function = find_function(self.name, place)
+        return load_program(self.name, code, BPF_PROG_TYPE_TRACING, place, function)
 
     def attach(self, program: int, _: int) -> int:
         """Attach the loaded program, wherever the capture is bounded; a link's descriptor."""

@@ -193,15 +193,9 @@ def types_of(identity: int) -> bytes:
     try:
         info = _TypesInfo()
         for _ in range(2):  # the second time there is room for them
-            size = ctypes.c_uint32(ctypes.sizeof(info))
             data = ctypes.create_string_buffer(info.size)
             info.data = ctypes.addressof(data)
-            check(
-                library().bpf_obj_get_info_by_fd(
-                    descriptor, ctypes.byref(info), ctypes.byref(size)
-                ),
-                "read types",
-            )
+            _read_info(descriptor, info, "types")
     finally:
         os.close(descriptor)
     return data.raw
@@ -350,35 +344,32 @@ def can_trace() -> bool:
     return bool(library().libbpf_probe_bpf_prog_type(BPF_PROG_TYPE_TRACING, None) == 1)
 
 
-def _map_info(file_descriptor: int) -> _MapInfo:
-    info = _MapInfo()
+def _read_info(file_descriptor: int, info: ctypes.Structure, what: str) -> int:
+    """Let the kernel fill in what it knows of an object; how many bytes of that it knows."""
     size = ctypes.c_uint32(ctypes.sizeof(info))
     check(
         library().bpf_obj_get_info_by_fd(file_descriptor, ctypes.byref(info), ctypes.byref(size)),
-        "read a map's shape",
+        f"read {what}",
     )
+    return size.value
+
+
+def _map_info(file_descriptor: int) -> _MapInfo:
+    info = _MapInfo()
+    _read_info(file_descriptor, info, "a map's shape")
     return info
 
 
 def _link_info(link: int) -> _LinkInfo:
     info = _LinkInfo()
-    size = ctypes.c_uint32(ctypes.sizeof(info))
-    check(
-        library().bpf_obj_get_info_by_fd(link, ctypes.byref(info), ctypes.byref(size)),
-        "read the state of an attachment",
-    )
+    _read_info(link, info, "the state of an attachment")
     return info
 
 
 def _program_info(program: int) -> tuple[_ProgramInfo, int]:
     """What the kernel says of a program, and how many bytes of that it knows."""
     info = _ProgramInfo()
-    size = ctypes.c_uint32(ctypes.sizeof(info))
-    check(
-        library().bpf_obj_get_info_by_fd(program, ctypes.byref(info), ctypes.byref(size)),
-        "read the state of a program",
-    )
-    return info, size.value
+    return info, _read_info(program, info, "the state of a program")
 
 
 class Map:
