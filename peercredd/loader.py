@@ -23,7 +23,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from peercredd import about, capture, hooks, namespaces, older, pins, preemption, takeover, trial
+from peercredd import (
+    about,
+    capture,
+    hooks,
+    lean,
+    namespaces,
+    older,
+    pins,
+    preemption,
+    takeover,
+    trial,
+)
 from peercredd.compiled import Cache
 from peercredd.compiler import Refused
 from peercredd.libbpf import KernelError, Map, attach_to_function, pin
@@ -208,4 +219,5 @@ def _fingerprint(settings: dict[str, Any], cgroup: Path) -> str:
 
 
 if __name__ == "__main__":
+    lean.leave_out()
     sys.exit(main(sys.argv[1:]))

@@ -14,14 +14,7 @@ import struct
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from pyroute2 import netlink
-from pyroute2.netlink import diag
-
 from peercredd.records import V4_MAPPED
-
-# LISTEN has no peer, a TIME_WAIT row bears the cookie of a socket that is closed, and
-# what is in CLOSE is in none of the kernel's tables.
-_STATES = diag.SS_ALL & ~(1 << diag.SS_LISTEN | 1 << diag.SS_TIME_WAIT | 1 << diag.SS_CLOSE)
 
 _HEADER = struct.Struct("=IHHII")
 """struct nlmsghdr: length, type, flags, sequence number, port."""
@@ -61,12 +54,19 @@ def sockets() -> Iterator[Socket]:
 
 
 def _dump(family: int, protocol: int) -> Iterator[Socket]:
+    # Here, so that a process that asks has called `lean.leave_out` before.
+    from pyroute2 import netlink
+    from pyroute2.netlink import diag
+
+    # LISTEN has no peer, a TIME_WAIT row bears the cookie of a socket that is closed, and
+    # what is in CLOSE is in none of the kernel's tables.
+    left_out = 1 << diag.SS_LISTEN | 1 << diag.SS_TIME_WAIT | 1 << diag.SS_CLOSE
     request = diag.inet_diag_req()
     request["header"]["type"] = diag.SOCK_DIAG_BY_FAMILY
     request["header"]["flags"] = netlink.NLM_F_REQUEST | netlink.NLM_F_DUMP
     request["sdiag_family"] = family
     request["sdiag_protocol"] = protocol
-    request["idiag_states"] = _STATES
+    request["idiag_states"] = diag.SS_ALL & ~left_out
     request.encode()
     with socket.socket(socket.AF_NETLINK, socket.SOCK_DGRAM, netlink.NETLINK_SOCK_DIAG) as channel:
         channel.send(request.data)

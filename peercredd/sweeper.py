@@ -25,7 +25,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from peercredd import namespaces, pins, records, sockdiag
+from peercredd import lean, namespaces, pins, records, sockdiag
 from peercredd.libbpf import Map
 
 Counts = tuple[int, ...]
@@ -330,4 +330,5 @@ def _u64(number: int) -> bytes:
 
 
 if __name__ == "__main__":
+    lean.leave_out()
     sys.exit(main(sys.argv[1:]))

@@ -31,6 +31,9 @@ def command(executable: str, folder: Path, control: int) -> list[str]:
 
 def main(control: int) -> NoReturn:
     """Say that the program runs, then take steps."""
+    # Once, and not in each process that is forked from this one.
+    from harness import steps  # noqa: F401
+
     sock = socket.socket(fileno=control)
     sock.set_inheritable(False)
     send(sock, (True, None))
