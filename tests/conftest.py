@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 import peercred
-from harness import set_user_id, shares
+from harness import set_user_id, shares, sweeps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import CACHE, Daemon
@@ -184,26 +184,8 @@ def setuid_folder() -> Iterator[Path]:
         yield folder
 
 
-@pytest.fixture(scope="session")
-def sweeping(hook_set: str) -> Iterator[tuple[Origin, peercred.Client]]:
-    """Actors and a client of a daemon that sweeps every second what is a second old."""
-    with (
-        Cgroup() as cgroup,
-        Daemon(
-            cgroup,
-            hook_set,
-            *("--sweep-interval-seconds", "1"),
-            *("--sweep-pending-age-seconds", "1"),
-            *("--sweep-record-age-seconds", "1"),
-        ) as daemon,
-        Origin(cgroup) as origin,
-        daemon.client() as client,
-    ):
-        yield origin, client
-
-
 @pytest.fixture
-def swept_stage(sweeping: tuple[Origin, peercred.Client]) -> Iterator[Stage]:
-    """A scenario under a daemon that sweeps every second."""
-    with Stage(*sweeping) as stage:
+def swept_stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[Stage]:
+    """A scenario during which what is a second old is swept all the time."""
+    with sweeps.sweeping(daemon), Stage(origin, client) as stage:
         yield stage

@@ -135,13 +135,13 @@ class Stage:
         wait_until_empty(self.client, but=self._before)
 
     def wait_for_sweep(self) -> None:
-        """Wait until the daemon has swept what was there before: see `swept_stage`."""
+        """Wait until what was there before has been swept: see `swept_stage`."""
         server, client = self.actor(), self.actor()
         fds = self.connect(client, self.listen(server, V4, options=(steps.DEFER_ACCEPT,)))
         client(steps.reset, fds.tcp)
         deadline = time.monotonic() + SWEEP_SECONDS
         while occupancy(self.client)["pending"] > self._before["pending"]:
-            assert time.monotonic() < deadline, "the daemon does not sweep"
+            assert time.monotonic() < deadline, "nothing is swept"
             os.sched_yield()
 
     def assert_empty(self) -> None:

@@ -1,0 +1,44 @@
+"""Sweeps of a daemon's tables for as long as a test needs them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, closing, contextmanager
+
+from harness import shares
+from harness.daemon import Daemon
+from peercredd.sweeper import Tables, sweep
+
+AGE_NS = 1_000_000_000
+BETWEEN_SECONDS = 0.2
+
+
+@contextmanager
+def sweeping(daemon: Daemon) -> Iterator[None]:
+    """Sweep what is a second old, again and again; what a sweep raises is raised at the end.
+
+    The daemon's own sweeps are processes: those of a second's interval are all that an
+    emulated machine does.
+    """
+    ended = threading.Event()
+
+    def go_on_sweeping() -> None:
+        with ExitStack() as opened:
+            tables = Tables(
+                *(
+                    opened.enter_context(closing(shares.open_map(daemon, name, writable=True)))
+                    for name in Tables._fields
+                )
+            )
+            while not ended.wait(BETWEEN_SECONDS):
+                sweep(tables, AGE_NS, AGE_NS)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        sweeps = thread.submit(go_on_sweeping)
+        try:
+            yield
+        finally:
+            ended.set()
+        sweeps.result()
