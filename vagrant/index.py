@@ -9,12 +9,20 @@ import subprocess
 import sys
 from pathlib import Path
 
+UV_NAMES = {
+    "PIP_INDEX_URL": "UV_DEFAULT_INDEX",
+    "PIP_EXTRA_INDEX_URL": "UV_INDEX",
+    "PIP_FIND_LINKS": "UV_FIND_LINKS",
+    "PIP_DEFAULT_TIMEOUT": "UV_HTTP_TIMEOUT",
+    "PIP_TRUSTED_HOST": "UV_INSECURE_HOST",
+}
+"""What uv calls those of pip's settings that it has as well."""
 HOST_OF_GUEST = "10.0.2.2"
 """Where a guest on QEMU's user network finds this machine's loopback."""
 
 
 def settings() -> tuple[dict[str, str], Path | None]:
-    """Return the environment for pip in a guest, and the CA bundle it has to have, if any.
+    """Return the environment for pip and uv in a guest, and the CA bundle for it, if any.
 
     What names a file or folder of this machine is left out: the guest has none of them.
     """
@@ -38,6 +46,11 @@ def settings() -> tuple[dict[str, str], Path | None]:
             environment[f"PIP_{option.removeprefix('.').upper().replace('-', '_')}"] = " ".join(
                 remote
             )
+    environment |= {
+        of_uv: environment[name] for name, of_uv in UV_NAMES.items() if name in environment
+    }
+    # As pip does: the best version that any index has.
+    environment["UV_INDEX_STRATEGY"] = "unsafe-best-match"
     for name, value in os.environ.items():
         if name.lower().endswith("_proxy"):
             environment[name] = re.sub(r"(?<=//)(localhost|127\.0\.0\.1)\b", HOST_OF_GUEST, value)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
@@ -68,8 +69,11 @@ class Guest:
         # Most of what is installed is never imported here.
         self._environment["PIP_NO_COMPILE"] = "1"
         if bundle:
-            self._environment["PIP_CERT"] = CA_BUNDLE
+            self._environment |= {"PIP_CERT": CA_BUNDLE, "SSL_CERT_FILE": CA_BUNDLE}
             await self.copy(log, str(bundle.resolve()), CA_BUNDLE)
+        uv = Path(sys.executable).with_name("uv")
+        if uv.exists():
+            await self.copy(log, str(uv), "/usr/local/bin/")
         # Not git's list of files: git refuses a tree that is another user's.
         leave_out = ("--filter=:- .gitignore", "--exclude=/.git")
         await self.copy(log, *leave_out, f"{PROJECT}/", f"{FOLDER}/")
