@@ -12,11 +12,10 @@ from pathlib import Path
 
 import pytest
 
-import peercred
 from harness import set_user_id, shares, sweeps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
-from harness.daemon import CACHE, Daemon
+from harness.daemon import CACHE, Client, Daemon
 from harness.patience import patient
 from harness.requirements import (
     cannot_run,
@@ -155,7 +154,7 @@ def daemon(cgroup: Cgroup, hook_set: str) -> Iterator[Daemon]:
 
 
 @pytest.fixture(scope="session")
-def client(daemon: Daemon) -> Iterator[peercred.Client]:
+def client(daemon: Daemon) -> Iterator[Client]:
     """A client of `daemon`."""
     with daemon.client() as client:
         yield client
@@ -169,7 +168,7 @@ def origin(cgroup: Cgroup) -> Iterator[Origin]:
 
 
 @pytest.fixture
-def stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[Stage]:
+def stage(origin: Origin, daemon: Daemon, client: Client) -> Iterator[Stage]:
     """A scenario of this test's own, that has to leave no record behind, nor a charge for one."""
     before = shares.charged(daemon)
     with Stage(origin, client) as stage:
@@ -185,7 +184,7 @@ def setuid_folder() -> Iterator[Path]:
 
 
 @pytest.fixture
-def swept_stage(origin: Origin, daemon: Daemon, client: peercred.Client) -> Iterator[Stage]:
+def swept_stage(origin: Origin, daemon: Daemon, client: Client) -> Iterator[Stage]:
     """A scenario during which what is a second old is swept all the time."""
     with sweeps.sweeping(daemon), Stage(origin, client) as stage:
         yield stage

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import peercred
 from harness import steps
 from harness.actors import Actor, Origin
+from harness.daemon import Client
 from harness.io_uring import Mode
 from harness.routes import LOOPBACK
 from harness.so_peercred import Peer
@@ -169,7 +169,7 @@ def call(
 )
 def test_no_sequence_of_deeds_makes_the_transports_disagree(
     origin: Origin,
-    client: peercred.Client,
+    client: Client,
     route: Route,
     how: Connect,
     threads: tuple[AsThread | None, AsThread | None],

@@ -7,14 +7,14 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass
+from functools import cached_property
 from types import TracebackType
 
-import peercred
 from harness import oracle, so_peercred, steps
 from harness.acceptors import Acceptor, acceptor_of, told_acceptor
 from harness.actors import Actor, Origin
 from harness.channel import Descriptor
-from harness.daemon import occupancy, wait_until_empty
+from harness.daemon import Client, occupancy, wait_until_empty
 from harness.netns import NetworkNamespace
 from harness.patience import patient
 from harness.routes import V4
@@ -42,15 +42,19 @@ class Stage:
     Where others are captured too, it is not `alone`, and nothing can be said of that.
     """
 
-    def __init__(self, origin: Origin, client: peercred.Client, alone: bool = True) -> None:
+    def __init__(self, origin: Origin, client: Client, alone: bool = True) -> None:
         self.client = client
         self._alone = alone
         self._origin = origin
         self._exit = ExitStack()
         self._before = occupancy(client)
-        self.hook_set = client.status().hook_set
         self.place: NetworkNamespace | None = None
         """Where its actors are, if nothing else is said: one of its own for ports used again."""
+
+    @cached_property
+    def hook_set(self) -> str:
+        """Which one the daemon uses."""
+        return self.client.status().hook_set
 
     def actor(
         self,

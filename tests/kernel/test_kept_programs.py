@@ -10,11 +10,10 @@ from typing import Any
 
 import pytest
 
-import peercred
 from harness import steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon
+from harness.daemon import Client, Daemon
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE, SERVICE
@@ -28,9 +27,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 @contextmanager
-def started(
-    cgroup: Cgroup, hook_set: str, folder: Path
-) -> Iterator[tuple[dict[str, Any], peercred.Client]]:
+def started(cgroup: Cgroup, hook_set: str, folder: Path) -> Iterator[tuple[dict[str, Any], Client]]:
     """A daemon with its programs in a folder: what it said when it began to serve."""
     options = ("--cache-dir", str(folder), "--log-format", "json")
     with Daemon(cgroup, hook_set, *options) as daemon, daemon.client() as client:
@@ -38,7 +35,7 @@ def started(
         yield next(each for each in events if each["event"] == "serving"), client
 
 
-def assert_captures(origin: Origin, client: peercred.Client) -> None:
+def assert_captures(origin: Origin, client: Client) -> None:
     with Stage(origin, client) as stage:
         server, alice = stage.actor(SERVICE), stage.actor(ALICE)
         listener = stage.listen(server, V4)

@@ -14,11 +14,10 @@ from typing import NamedTuple
 
 import pytest
 
-import peercred
 from harness import placed
 from harness.actors import PYTHON
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon, wait_until_empty
+from harness.daemon import Client, Daemon, wait_until_empty
 from harness.requirements import cannot_run
 from harness.so_peercred import NOBODY, Credentials
 from harness.users import ALICE, GAMES, SERVICE, STAFF
@@ -77,7 +76,7 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(autouse=True)
-def nothing_left(client: peercred.Client) -> Iterator[None]:
+def nothing_left(client: Client) -> Iterator[None]:
     """What a program's sockets left is gone before another test counts records."""
     yield
     wait_until_empty(client)
