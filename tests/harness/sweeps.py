@@ -23,22 +23,23 @@ def sweeping(daemon: Daemon) -> Iterator[None]:
     emulated machine does.
     """
     ended = threading.Event()
-
-    def go_on_sweeping() -> None:
-        with ExitStack() as opened:
-            tables = Tables(
-                *(
-                    opened.enter_context(closing(shares.open_map(daemon, name, writable=True)))
-                    for name in Tables._fields
-                )
+    with ExitStack() as opened:
+        tables = Tables(
+            *(
+                opened.enter_context(closing(shares.open_map(daemon, name, writable=True)))
+                for name in Tables._fields
             )
+        )
+
+        def go_on_sweeping() -> None:
             while not ended.wait(BETWEEN_SECONDS):
                 sweep(tables, AGE_NS, AGE_NS)
 
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        sweeps = thread.submit(go_on_sweeping)
+        # What a sweep imports takes a slow machine longer than any sweep.
+        sweep(tables, AGE_NS, AGE_NS)
+        sweeps = opened.enter_context(ThreadPoolExecutor(max_workers=1)).submit(go_on_sweeping)
         try:
             yield
         finally:
             ended.set()
-        sweeps.result()
+            sweeps.result()
