@@ -250,11 +250,13 @@ def test_each_program_is_listed_by_the_name_of_its_place_and_attached(
 def test_while_ftrace_is_off_no_program_counts_as_attached(
     hook_set: str, daemon: Daemon, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The sysctl itself would silence every daemon of the host.
+    ftrace = tmp_path / "ftrace_enabled"
+    ftrace.write_text("1\n")
+    monkeypatch.setattr(store, "_FTRACE", ftrace)
     with closing(Store(daemon.pin_dir)) as opened:
         assert opened.is_attached()
-        # The sysctl itself would silence every daemon of the host.
-        (tmp_path / "ftrace_enabled").write_text("0\n")
-        monkeypatch.setattr(store, "_FTRACE", tmp_path / "ftrace_enabled")
+        ftrace.write_text("0\n")
         assert not opened.is_attached()
         assert not any(each.attached for each in opened.attachments().values())
 
