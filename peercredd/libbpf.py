@@ -9,7 +9,6 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +24,6 @@ BPF_F_RDONLY = 1 << 3
 BPF_PROG_TYPE_TRACING = 26
 _BPF_LINK_TYPE_TRACING = 2
 _BPF_STATS_RUN_TIME = 0
-_BUSY_SECONDS = 1.0
 _LOG_BYTES = 16 << 20
 _LICENSE = b"Dual MIT/GPL"
 
@@ -281,18 +279,8 @@ def attach_to_cgroup(program: int, cgroup: int, attach_type: int) -> int:
 
 
 def attach_to_function(program: int, function: str) -> int:
-    """Attach a tracing program to the kernel function it was loaded for; a link's descriptor.
-
-    A function can be busy for a moment: that was seen on 6.1, where captures came and went at the
-    same time.
-    """
-    give_up = time.monotonic() + _BUSY_SECONDS
-    while True:
-        descriptor = library().bpf_raw_tracepoint_open(None, program)
-        is_busy = descriptor < 0 and ctypes.get_errno() == errno.EBUSY
-        if not is_busy or time.monotonic() > give_up:
-            return check(descriptor, f"attach to {function}()")
-        time.sleep(_BUSY_SECONDS / 20)
+    """Attach a tracing program to the kernel function it was loaded for; a link's descriptor."""
+    return check(library().bpf_raw_tracepoint_open(None, program), f"attach to {function}()")
 
 
 def replace_program(link: int, program: int) -> None:
