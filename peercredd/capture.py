@@ -282,7 +282,7 @@ class Running(NamedTuple):
     maps: Path
     """The folder where they are pinned."""
     generation: int
-    """Of the programs that record."""
+    """Of the new programs: they record once the map of that name has this number."""
 
 
 class Source(NamedTuple):
@@ -358,7 +358,7 @@ def load(
     settings = records.SETTINGS.pack(
         cgroup.stat().st_ino if cgroup and level else 0,
         level,
-        running.generation + 1 if running else 0,
+        running.generation if running else 0,
         *_shares(max_connections, max_pending, max_percent_per_user),
     )
     Map(maps["settings"]).update(bytes(4), settings)

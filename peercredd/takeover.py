@@ -66,7 +66,7 @@ def take_over(
     """
     said = _what_is_said(running, settings, cgroup)
     maps = running / pins.MAPS
-    generation = _generation(maps)
+    generation = _unused_generation(maps)
     try:
         loaded = capture.load(
             said["hook_set"],
@@ -92,7 +92,7 @@ def take_over(
             with _pinned_link(path) as link:
                 replace_program(link, program)
         Map(loaded.maps["generation"]).update(
-            _GENERATION_KEY, (generation + 1).to_bytes(4, sys.byteorder)
+            _GENERATION_KEY, generation.to_bytes(4, sys.byteorder)
         )
         names = [program.name for program in loaded.programs]
         for name in names:
@@ -131,9 +131,12 @@ def _what_is_said(running: Path, settings: Mapping[str, Any], cgroup: Path) -> d
     return said
 
 
-def _generation(maps: Path) -> int:
-    value = Map.open(maps / "generation").lookup(_GENERATION_KEY) or b""
-    return int.from_bytes(value, sys.byteorder)
+def _unused_generation(maps: Path) -> int:
+    """A number that no program has. The next one may be of programs that a killed loader left."""
+    active = Map.open(maps / "generation").lookup(_GENERATION_KEY)
+    while (unused := os.urandom(4)) == active:
+        pass
+    return int.from_bytes(unused, sys.byteorder)
 
 
 def _attach_beside(

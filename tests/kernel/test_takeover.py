@@ -201,11 +201,15 @@ KILLED_LOADER = textwrap.dedent(
 
     given = json.loads(sys.argv[1])
     maps = Path(given["pin_dir"]) / "capture" / "maps"
-    # A tracing program is attached once; that of one who was killed is so for some time.
-    inherit = given["hooks"] == "cgroup"
-    load = functools.cache(capture.load)
-    if inherit:
+    if given["hooks"] == "cgroup":
+        # Loaded once, here: those that are killed inherit it. Tracing programs cannot be: that of
+        # one who was killed is attached for some moments more, and none is twice.
+        takeover._unused_generation = lambda maps: 1
+        load = functools.cache(capture.load)
         capture.load = lambda *arguments, cache=None: load(*arguments)
+        names = ("hooks", "max_connections", "max_pending")
+        cgroup, share = Path(given["cgroup"]), given["max_percent_per_user"]
+        capture.load(*(given[name] for name in names), cgroup, share, capture.Running(maps, 1))
     calls = -1
 
     def counted(function):
@@ -226,12 +230,6 @@ KILLED_LOADER = textwrap.dedent(
 
     survived, status = 0, signal.SIGKILL
     while status == signal.SIGKILL:
-        if inherit:
-            # Loaded once for each generation, here: those that are killed inherit it.
-            running = capture.Running(maps, takeover._generation(maps))
-            names = ("hooks", "max_connections", "max_pending")
-            cgroup, share = Path(given["cgroup"]), given["max_percent_per_user"]
-            capture.load(*(given[name] for name in names), cgroup, share, running)
         parent = os.getpid()
         if not (pid := os.fork()):
             calls = survived
