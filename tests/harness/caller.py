@@ -10,12 +10,15 @@ import itertools
 import select
 import socket
 import sys
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 _CALLS_PER_CONNECTION = 16
 """The daemon takes 32, and has more wait."""
 
 _PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+_GOAWAY = 7
 
 _channels: dict[str, Any] = {}
 _open_calls: list[Any] = []
@@ -147,8 +150,12 @@ def connect_often(port: int, count: int) -> None:
         _open_calls.append(sock)
 
 
-def wait_until_closed(left: int) -> None:
-    """Wait until no more than so many of these connections are open."""
+def wait_until_closed(left: int) -> int:
+    """Wait until no more than so many of these connections are open.
+
+    Returns:
+        How many were closed without a word. One that has been idle for too long gets a GOAWAY.
+    """
     still = select.poll()
     for sock in _open_calls:
         still.register(sock, select.POLLRDHUP)
@@ -157,6 +164,18 @@ def wait_until_closed(left: int) -> None:
         for descriptor, _ in still.poll():
             closed.add(descriptor)
             still.unregister(descriptor)
+    return sum(_GOAWAY not in _frame_types(sock) for sock in _open_calls if sock.fileno() in closed)
+
+
+def _frame_types(sock: socket.socket) -> Iterator[int]:
+    """Of all that came over a connection which is closed (RFC 9113, section 4.1)."""
+    data = b""
+    with suppress(ConnectionResetError):
+        while received := sock.recv(1 << 16):
+            data += received
+    while len(data) >= 9:
+        yield data[3]
+        data = data[9 + int.from_bytes(data[:3], "big") :]
 
 
 def serve_as_the_daemon(address: str) -> int:
