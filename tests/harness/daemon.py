@@ -196,16 +196,20 @@ def _in_cgroup(cgroup: Cgroup) -> list[str]:
     return ["sh", "-c", 'echo $$ > "$0" && exec "$@"', str(cgroup.path / "cgroup.procs")]
 
 
+def open_map(of: Daemon | Client, name: str, *, writable: bool = False) -> Map:
+    """One of the capture's maps; close it."""
+    return Map.open(of.pin_dir / pins.CAPTURE / pins.MAPS / name, writable=writable)
+
+
 def occupancy(client: Client) -> dict[str, int]:
     """How many records each table holds.
 
     As the kernel has it: to ask the daemon for that again and again is what an emulated machine
     would do most.
     """
-    maps = client.pin_dir / pins.CAPTURE / pins.MAPS
     entries = {}
     for name in RECORD_TABLES:
-        with closing(Map.open(maps / name)) as table:
+        with closing(open_map(client, name)) as table:
             entries[name] = table.count()
     return entries
 

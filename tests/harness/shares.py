@@ -8,9 +8,8 @@ import time
 from contextlib import closing
 from typing import NamedTuple
 
-from harness.daemon import EMPTY_SECONDS, Daemon
-from peercredd import pins, records
-from peercredd.libbpf import Map
+from harness.daemon import EMPTY_SECONDS, Daemon, open_map
+from peercredd import records
 from peercredd.records import Holdings
 
 
@@ -24,11 +23,6 @@ class Charged(NamedTuple):
 
 
 NOTHING = Charged({}, {})
-
-
-def open_map(daemon: Daemon, name: str, *, writable: bool = False) -> Map:
-    """One of the capture's maps; close it."""
-    return Map.open(daemon.pin_dir / pins.CAPTURE / pins.MAPS / name, writable=writable)
 
 
 def charged(daemon: Daemon) -> Charged:

@@ -7,8 +7,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing, contextmanager
 
-from harness import shares
-from harness.daemon import Daemon
+from harness.daemon import Daemon, open_map
 from peercredd.sweeper import Tables, sweep
 
 AGE_NS = 1_000_000_000
@@ -26,7 +25,7 @@ def sweeping(daemon: Daemon) -> Iterator[None]:
     with ExitStack() as opened:
         tables = Tables(
             *(
-                opened.enter_context(closing(shares.open_map(daemon, name, writable=True)))
+                opened.enter_context(closing(open_map(daemon, name, writable=True)))
                 for name in Tables._fields
             )
         )

@@ -16,7 +16,7 @@ import pytest
 from harness import floods, shares, steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
-from harness.daemon import Daemon, drops, occupancy
+from harness.daemon import Daemon, drops, occupancy, open_map
 from harness.nesting import SHIFTED, nest
 from harness.requirements import cannot_run
 from harness.routes import V4
@@ -295,7 +295,7 @@ def test_who_leaves_connections_when_there_is_no_room_to_count_them_goes_on_to_p
     stage = own_crowd.stage
     server, client = stage.actor(SERVICE), stage.actor(ALICE)
     listener = stage.listen(server, V4)
-    with closing(shares.open_map(own_crowd.daemon, "left", writable=True)) as left:
+    with closing(open_map(own_crowd.daemon, "left", writable=True)) as left:
         for uid in range(left.max_entries):
             left.update(records.PAIR.pack(uid, uid), records.LEFT.pack(0))
     client(steps.close, stage.connect(client, listener))
@@ -421,7 +421,7 @@ def test_who_comes_when_there_is_no_room_to_count_is_answered_all_the_same(
     stage = own_crowd.stage
     server, client = stage.actor(SERVICE), stage.actor(ALICE)
     listener = stage.listen(server, V4)
-    with closing(shares.open_map(own_crowd.daemon, "users", writable=True)) as users:
+    with closing(open_map(own_crowd.daemon, "users", writable=True)) as users:
         for uid in range(1_000_000, 1_000_000 + users.max_entries):
             users.update(records.UID.pack(uid), records.USER.pack(0, 0, 0))
         assert users.lookup(records.UID.pack(ALICE)) is None
@@ -437,8 +437,8 @@ def test_a_count_that_is_too_low_locks_nobody_out(crowd: Crowd) -> None:
     stage = crowd.stage
     server, client = stage.actor(SERVICE), stage.actor(CAROL)
     listener = stage.listen(server, V4)
-    with closing(shares.open_map(crowd.daemon, "users", writable=True)) as users:
+    with closing(open_map(crowd.daemon, "users", writable=True)) as users:
         users.update(records.UID.pack(CAROL), records.USER.pack(-3, -2, -1))
     crowd.is_answered(server, listener, client, CAROL)
-    with closing(shares.open_map(crowd.daemon, "users", writable=True)) as users:
+    with closing(open_map(crowd.daemon, "users", writable=True)) as users:
         users.update(records.UID.pack(CAROL), records.USER.pack(0, 0, 0))
