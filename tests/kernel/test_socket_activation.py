@@ -1,4 +1,4 @@
-"""A service that systemd starts for a connection: process 1 has listened, the service accepts."""
+"""A service that systemd starts for a connection: systemd has listened, the service accepts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def daemon(hook_set: str) -> Iterator[Daemon]:
 
 @pytest.fixture
 def waiting(daemon: Daemon) -> Iterator[None]:
-    """Process 1 listens for a service of games's, that does not run yet."""
+    """Systemd listens for a service of games's, that does not run yet."""
     name = f"peercreddtest{uuid4().hex[:12]}"
     program = UNITS / f"{name}.py"
     files = {
@@ -76,7 +76,7 @@ def waiting(daemon: Daemon) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("waiting")
-def test_process_1_has_listened_and_the_service_accepts_as_itself(daemon: Daemon) -> None:
+def test_systemd_has_listened_and_the_service_accepts_as_itself(daemon: Daemon) -> None:
     with (
         daemon.client() as asking,
         Origin(None) as origin,
