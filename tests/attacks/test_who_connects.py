@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from pathlib import Path
 
 import psutil
@@ -25,6 +26,7 @@ from peercred import NotFound
 
 pytestmark = pytest.mark.kernel
 
+TICK_NS = 1_000_000_000 // os.sysconf("SC_CLK_TCK")
 FAST_OPEN = 0x607
 """net.ipv4.tcp_fastopen: both ends may, without a cookie."""
 
@@ -63,8 +65,10 @@ def test_whoever_takes_over_the_pid_of_a_client_does_not_become_the_client(stage
     client(steps.become, ALICE)
     stage.connect(client, listener)
     accepted = server(steps.accept, listener.fds)
+    started = stat_start_ns(client.pid)
     client.exit()
     parent(os.waitpid, client.pid, 0)
+    wait_for_a_later_tick(started)
     try:
         heir = stage.keep(parent.fork(pid=client.pid))
     except PermissionError as error:
@@ -79,15 +83,21 @@ def test_whoever_takes_over_the_pid_of_a_client_does_not_become_the_client(stage
     # Who looks the number up afterwards, as with SO_PEERCRED's pid, finds somebody else...
     assert psutil.Process(answer.pid).uids().effective == CAROL
     # ... and can tell by this, and by nothing that SO_PEERCRED gives.
-    start = stat_start_ns(heir.pid)
     assert answer.process_start_time_ns is not None
-    assert answer.process_start_time_ns < start
+    assert answer.process_start_time_ns // TICK_NS * TICK_NS == started
+    assert started < stat_start_ns(heir.pid)
 
 
 def stat_start_ns(pid: int) -> int:
     """Field 22 of /proc/PID/stat, ns since boot."""
     ticks = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
-    return ticks * 1_000_000_000 // os.sysconf("SC_CLK_TCK")
+    return ticks * TICK_NS
+
+
+def wait_for_a_later_tick(start: int) -> None:
+    """Wait until whoever starts has another start in /proc/PID/stat."""
+    while time.clock_gettime_ns(time.CLOCK_BOOTTIME) < start + TICK_NS:
+        os.sched_yield()
 
 
 def test_a_client_that_executes_a_set_user_id_program_afterwards_does_not_become_its_owner(

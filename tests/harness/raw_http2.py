@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import select
 import socket
+from collections.abc import Iterable
 from pathlib import Path
 
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
+END_STREAM = 1
 END_HEADERS = 4
 MAX_FRAME = 16384
 
@@ -45,3 +48,24 @@ def dial(path: Path, greeting: bytes = GREETING) -> socket.socket:
     sock.connect(str(path))
     sock.sendall(greeting)
     return sock
+
+
+def wait_until_ended(socks: Iterable[socket.socket], count: int, seconds: float) -> None:
+    """Read until the other side has ended so many streams of these connections.
+
+    Raises:
+        AssertionError: it did not within as many seconds of silence.
+    """
+    received = dict.fromkeys(socks, b"")
+    ended: set[tuple[socket.socket, bytes]] = set()
+    while len(ended) < count:
+        ready, _, _ = select.select(received, [], [], seconds)
+        assert ready, f"{len(ended)} streams were ended, not {count}"
+        for sock in ready:
+            data = received[sock] + sock.recv(1 << 16)
+            assert data, "a connection was closed"
+            while len(data) >= 9 and len(data) >= (end := 9 + int.from_bytes(data[:3], "big")):
+                if data[3] == RST_STREAM or (data[3] == HEADERS and data[4] & END_STREAM):
+                    ended.add((sock, data[5:9]))
+                data = data[end:]
+            received[sock] = data
