@@ -17,7 +17,7 @@ from typing import Any
 
 import structlog
 
-from peercredd import children, defaults, logs, pins, preemption, preflight
+from peercredd import children, defaults, logs, namespaces, pins, preemption, preflight
 from peercredd.access import AccessError, Policy
 from peercredd.config import Config
 from peercredd.follow import following
@@ -55,6 +55,8 @@ def _run(config: Config) -> None:
     if missing := preflight.missing_capabilities():
         raise StartError(f"lacks {', '.join(missing)}; run it as root")
     try:
+        # Of a kernel that is too old this is said, and nothing else.
+        namespaces.own_cookie()
         cgroup = cgroup_directory(config.capture.cgroup)
         with pins.hold(Path(config.capture.pin_dir)):
             asyncio.run(_until_signalled(config, cgroup))

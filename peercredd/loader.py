@@ -85,7 +85,6 @@ def start(settings: dict[str, Any]) -> dict[str, Any]:
     Raises:
         OSError: it could not be loaded or attached, or older connections not be listed.
     """
-    namespaces.own_cookie()
     pin_dir = Path(settings["pin_dir"])
     cgroup = Path(settings["cgroup"])
     cache = Cache(Path(settings.pop("cache_dir")))

@@ -32,6 +32,19 @@ SERVING_LIMIT_KIB = 45 * 1024
 SUPERVISOR_LIMIT_KIB = 30 * 1024
 
 
+OLD_KERNEL = """
+import errno, os, sys, seccomp
+calls = seccomp.SyscallFilter(seccomp.ALLOW)
+SO_NETNS_COOKIE = 71
+calls.add_rule(
+    seccomp.ERRNO(errno.ENOPROTOOPT), "getsockopt", seccomp.Arg(2, seccomp.EQ, SO_NETNS_COOKIE)
+)
+calls.load()
+os.execv(sys.argv[1], sys.argv[1:])
+"""
+"""Executes a command as a kernel would run it that is older than 5.14."""
+
+
 class Process:
     """A daemon whose log is read as it comes."""
 
@@ -44,6 +57,7 @@ class Process:
         self.address = f"unix:{self.socket}"
         self.options: list[str] = []
         self.environment: dict[str, str] = {}
+        self.wrapper: list[str] = []
 
     def command(self, *arguments: str) -> list[str]:
         configuration = self.folder / "peercredd.toml"
@@ -65,7 +79,7 @@ class Process:
 
     def start(self) -> None:
         self.process = subprocess.Popen(
-            self.command(),
+            [*self.wrapper, *self.command()],
             stdin=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
             env=os.environ | self.environment,
@@ -252,6 +266,21 @@ def test_a_name_that_no_bpffs_can_have_is_refused(process: Process) -> None:
 
     assert status == 1
     assert "without dots" in log[0]["event"]
+
+
+def test_a_kernel_that_is_too_old_is_refused_in_one_line_whatever_else_is_wrong(
+    process: Process,
+) -> None:
+    process.wrapper = [sys.executable, "-c", OLD_KERNEL]
+    process.options = ["--user", "peercredd-nobody-has-this-name"]
+    process.start()
+
+    status, log = process.end()
+
+    assert status == 1
+    assert len(log) == 1
+    assert "Linux 5.14 or newer is needed" in log[0]["event"]
+    assert not process.pin_dir.exists()
 
 
 def test_a_cgroup_that_is_none_is_refused_before_anything_is_loaded(process: Process) -> None:
