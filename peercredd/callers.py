@@ -30,8 +30,8 @@ from peercredd.service import PeerCredentialsService, RequestError
 from peercredd.store import Answer, Reason, Store
 
 MAX_CALLS_PER_USER: Final = 64
-"""Under way at the same time, of users who do not see all. With a request of 256 KB in each a user
-makes the daemon hold 16 MB."""
+"""Under way at the same time, of users who do not see all, besides `server.MAX_CALLS_UNSEEN`. With
+a request of 256 KB in each a user makes the daemon hold 20 MB."""
 
 MAX_LISTS_PER_USER: Final = 2
 """Of these, ListConnections and WatchConnections: each reads every record there is."""
@@ -98,7 +98,12 @@ class Callers:
         Raises:
             RequestError: the caller is not known; or on entering, has too many calls under way.
         """
-        return self._admission(*self._identify(peer), lists)
+        key = self._tuple(peer)
+        record = self.store.newest(key) if key else None
+        admission = self._admission(key, record, lists) if record else None
+        if admission is None:
+            raise self._unknown(peer, is_tcp=key is not None)
+        return admission
 
     def begin(self, uid: int, *, lists: bool) -> None:
         """Count a call. Raises RequestError if there are as many as one user may have."""
@@ -118,15 +123,11 @@ class Callers:
         if lists:
             _one_less(self._lists, uid)
 
-    def _identify(self, peer: str) -> tuple[int, bytes]:
-        """Cookie of the daemon's socket, and record of the caller; RequestError if it has none."""
-        key = self._tuple(peer)
-        if key and (found := self.store.client_of(key)):
-            return found
+    def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
         self._refusals.count(Refused.CALLER_UNKNOWN, None)
-        absent = self._connection(*_endpoint(peer)) if key else Reason.NEVER_SEEN
+        absent = self._connection(*_endpoint(peer)) if is_tcp else Reason.NEVER_SEEN
         reason = absent if isinstance(absent, Reason) else Reason.NEVER_SEEN
-        raise RequestError(
+        return RequestError(
             encode.error(
                 code_pb2.UNAUTHENTICATED,
                 Refused.CALLER_UNKNOWN.value,
@@ -196,9 +197,12 @@ class Callers:
         return records.TUPLE.pack(self.store.own_netns_cookie, there, here, port, self.port)
 
     def _admission_of(
-        self, cookie: int, client: bytes, lists: bool
-    ) -> AbstractContextManager[PeerCredentialsService]:
-        caller = records.credentials(client, 0)
+        self, key: bytes, record: bytes, lists: bool
+    ) -> AbstractContextManager[PeerCredentialsService] | None:
+        if not records.is_of(record, key):
+            return None
+        _, cookie, _, _ = records.CONNECTION_HEAD.unpack_from(record)
+        caller = records.credentials(record, records.CLIENT_OFFSET)
         access = self._policy.access(caller)
         if access.sees_all:
             return nullcontext(self._service(self.store, access))

@@ -264,6 +264,11 @@ def acceptor(data: bytes) -> Credentials | None:
     return credentials(data, ACCEPTOR_OFFSET) if accepted else None
 
 
+def is_of(data: bytes, key: bytes) -> bool:
+    """Whether a ``struct connection`` is whole, and of that packed ``struct tuple``."""
+    return any(data[:8]) and data.startswith(key, CONNECTION_TUPLE_OFFSET)
+
+
 def connection(data: bytes) -> Connection | None:
     """Decode a ``struct connection``; None while the kernel is still writing it."""
     established, server, client, listener = CONNECTION_HEAD.unpack_from(data)

@@ -56,6 +56,10 @@ user has at most `callers.MAX_CALLS_PER_USER` of them."""
 MAX_OPEN_TCP_STREAMS: Final = 384
 """Likewise."""
 
+MAX_CALLS_UNSEEN: Final = 16
+"""Calls on loopback TCP that wait for their message while nobody has asked whose they are. Who
+calls is asked faster with the message there; of any more it is asked, and counted, at once."""
+
 REQUEST_SECONDS: Final = 10
 """For the message of a call that has one, from its beginning."""
 
@@ -301,9 +305,8 @@ class Gate:
         Args:
             admit: whom.
             streams: how many.
-            counts_early: whether a caller is known, and counted, before the message of its call
-                has come. gRPC is told then that the call takes a stream of messages, which on
-                the wire is the same.
+            counts_early: whether a call is seen before its message has come. gRPC is told then
+                that the call takes a stream of messages, which on the wire is the same.
         """
         self.admit = admit
         self.streams = streams
@@ -311,6 +314,11 @@ class Gate:
         self._waiting: dict[asyncio.Task[Any], float] = {}
         """Calls whose message has not come, and until when it may; the oldest first."""
         self._is_watched = False
+
+    @property
+    def is_crowded(self) -> bool:
+        """Whether so many calls wait for their message that any more are to be counted at once."""
+        return len(self._waiting) >= MAX_CALLS_UNSEEN
 
     def unary(self, handle: Any) -> grpc.RpcMethodHandler[bytes, bytes]:
         """Carry calls of one message and one answer."""
@@ -338,13 +346,6 @@ class Gate:
         """
         if isinstance(data, bytes):
             return request_type.FromString(data)
-        # Not through the iterator: one that is not read to its end costs another task.
-        message = await self._next_message(context)
-        if not isinstance(message, bytes):
-            raise DecodeError("the call has no message")
-        return request_type.FromString(message)
-
-    async def _next_message(self, context: _Context) -> object:
         # One timer for all calls: asyncio.timeout() would cost each a hundredth of its time.
         task = asyncio.current_task()
         assert task
@@ -353,7 +354,8 @@ class Gate:
         if not self._is_watched:
             self._give_up_on(loop)
         try:
-            return await context.read()
+            # Not through the iterator: one that is not read to its end costs another task.
+            message = await context.read()
         except asyncio.CancelledError:
             if task in self._waiting:
                 raise
@@ -361,6 +363,9 @@ class Gate:
             raise TimeoutError from None
         finally:
             self._waiting.pop(task, None)
+        if not isinstance(message, bytes):
+            raise DecodeError("the call has no message")
+        return request_type.FromString(message)
 
     def _give_up_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """End the waiting of those that have waited for too long, now and from now on."""
@@ -452,12 +457,18 @@ def _unary(
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     name = _name(request_type)
 
+    def answer(service: Service, request: _Request) -> bytes:
+        with service.figures.timing(name):
+            return method(service, request).SerializeToString()
+
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
+            if gate.is_crowded:
+                with gate.admit(context, False) as service:
+                    return answer(service, await gate.received(data, context, request_type))
+            request = await gate.received(data, context, request_type)
             with gate.admit(context, False) as service:
-                request = await gate.received(data, context, request_type)
-                with service.figures.timing(name):
-                    return method(service, request).SerializeToString()
+                return answer(service, request)
         except Exception as error:
             await _abort(context, error)
 

@@ -230,16 +230,13 @@ class Store:
             reason = self._absence(records.hash_of_tuple(as_client))
         return reason
 
-    def client_of(self, key: bytes) -> tuple[int, bytes] | None:
-        """Who connected, in the newest connection with that packed ``struct tuple``.
+    def newest(self, key: bytes) -> bytes | None:
+        """The ``struct connection`` that is the newest one of a packed ``struct tuple``.
 
-        The server socket's cookie, and the ``struct credentials`` of the client, as it is.
+        None if there is none. `records.is_of` has to say of it that it is that still.
         """
-        data, _ = self._newest(key)
-        if not data:
-            return None
-        _, server, _, _ = records.CONNECTION_HEAD.unpack_from(data)
-        return server, data[records.CLIENT_OFFSET : records.LISTENER_OFFSET]
+        server = self._by_tuple.lookup(key)
+        return self._connections.lookup(server) if server else None
 
     def sight_by_socket(self, cookie: int) -> Sighting:
         """What `find_by_socket` would answer from, and whose it is."""
@@ -408,9 +405,7 @@ class Store:
         data = self._connections.lookup(server)
         if not data:
             return None, (1, 1)
-        start = records.CONNECTION_TUPLE_OFFSET
-        is_current = data[start : start + records.TUPLE.size] == key and any(data[:8])
-        return data if is_current else None, (2, 0)
+        return data if records.is_of(data, key) else None, (2, 0)
 
     def _absence(self, subject: int) -> Reason:
         slot = self._absences.lookup(records.absence_slot(subject))

@@ -60,6 +60,7 @@ class Place:
                 daemon.close(keeps="--keep" in options)
         finally:
             daemon.kill()
+            print(daemon.log())
 
     def keep_a_capture(self) -> None:
         """Have a capture, and no daemon."""
