@@ -9,9 +9,7 @@ import asyncio
 import json
 import os
 import signal
-import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +23,7 @@ from peercredd.guard import Guard
 from peercredd.libbpf import KernelError
 from peercredd.listen import ListenError, UnixSocket
 from peercredd.mounts import CgroupError, cgroup_directory
+from peercredd.notify import Notifier
 from peercredd.privileges import PrivilegeError
 from peercredd.so_peercred import OptIn, OptInError
 from peercredd.supervisor import ServerError, Supervisor
@@ -59,7 +58,7 @@ def _run(config: Config) -> None:
         namespaces.own_cookie()
         cgroup = cgroup_directory(config.capture.cgroup)
         with pins.hold(Path(config.capture.pin_dir)):
-            asyncio.run(_until_signalled(config, cgroup))
+            asyncio.run(_until_signalled(config, cgroup, Notifier()))
     except (
         *(CgroupError, pins.Held, children.ChildError, ListenError),
         *(OptInError, AccessError, PrivilegeError, ServerError),
@@ -69,8 +68,8 @@ def _run(config: Config) -> None:
         raise StartError(str(error.strerror)) from error
 
 
-async def _until_signalled(config: Config, cgroup: Path) -> None:
-    life = asyncio.create_task(_live(config, cgroup))
+async def _until_signalled(config: Config, cgroup: Path, notifier: Notifier) -> None:
+    life = asyncio.create_task(_live(config, cgroup, notifier))
     stopping = False
 
     def stop(number: signal.Signals) -> None:
@@ -80,7 +79,7 @@ async def _until_signalled(config: Config, cgroup: Path) -> None:
             os._exit(1)
         stopping = True
         log.info("stopping", signal=number.name)
-        notify_systemd("STOPPING=1")
+        notifier.tell("STOPPING=1")
         life.cancel()
 
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -91,7 +90,7 @@ async def _until_signalled(config: Config, cgroup: Path) -> None:
         log.info("stopped", capture="kept" if config.capture.keep else "ended")
 
 
-async def _live(config: Config, cgroup: Path) -> None:
+async def _live(config: Config, cgroup: Path, notifier: Notifier) -> None:
     capture, api = config.capture, config.api
     pin_dir = Path(capture.pin_dir)
     loading = children.start(
@@ -116,7 +115,7 @@ async def _live(config: Config, cgroup: Path) -> None:
             listener_details=config.access.listener_details,
         )
         with UnixSocket(Path(api.socket), api.group) as unix_socket:
-            async with Supervisor(config, policy, unix_socket, _watchdog()) as supervisor:
+            async with Supervisor(config, policy, unix_socket, notifier.alive) as supervisor:
                 async with loading as loader:
                     log.debug("loading", pid=loader.pid)
                     output = await children.result(
@@ -149,7 +148,7 @@ async def _live(config: Config, cgroup: Path) -> None:
                             server_pid=supervisor.server_pid,
                             seconds_to_first_answer=round(_age_seconds(), 2),
                         )
-                        notify_systemd("READY=1")
+                        notifier.tell("READY=1")
                         ends_capture = True
                         await asyncio.gather(
                             _sweep_at_intervals(config), _guard_pins(guard, opt_in, supervisor)
@@ -197,13 +196,6 @@ async def _guard_pins(guard: Guard, opt_in: OptIn, supervisor: Supervisor) -> No
         await asyncio.sleep(defaults.PULSE_SECONDS)
 
 
-def _watchdog() -> Callable[[], None]:
-    """What to call when the server has shown that it lives: tells systemd, if it wants to know."""
-    if not os.environ.get("WATCHDOG_USEC"):
-        return lambda: None
-    return lambda: notify_systemd("WATCHDOG=1")
-
-
 async def _sweep_at_intervals(config: Config) -> None:
     arguments: dict[str, str | int] = {
         "pin_dir": config.capture.pin_dir,
@@ -222,20 +214,6 @@ async def _sweep_at_intervals(config: Config) -> None:
         else:
             counts = json.loads(summary)
             (log.info if any(counts.values()) else log.debug)("swept", **counts)
-
-
-def notify_systemd(state: str) -> None:
-    """Tell systemd, if it asked to be told, as sd_notify(3) does."""
-    address = os.environ.get("NOTIFY_SOCKET")
-    if not address:
-        return
-    if address.startswith("@"):  # abstract: unix(7) writes it with a NUL
-        address = "\0" + address[1:]
-    try:
-        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
-            channel.sendto(state.encode(), address)
-    except OSError as error:
-        log.warning("systemd cannot be told", state=state, reason=error.strerror)
 
 
 def _age_seconds() -> float:

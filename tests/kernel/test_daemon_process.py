@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import pytest
 
 import peercred
@@ -329,6 +330,9 @@ def test_systemd_is_told_when_it_is_ready_and_when_it_stops(
 
         assert manager.recv(64) == b"READY=1"
         assert process.socket.is_socket()
+        # A child that may speak for the daemon does: systemctl, when it ends.
+        (server,) = psutil.Process(process.process.pid).children()
+        assert "NOTIFY_SOCKET" not in server.environ()
         process.process.terminate()
         assert manager.recv(64) == b"STOPPING=1"
 
