@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
@@ -14,7 +13,7 @@ from harness import oracle, so_peercred, steps
 from harness.acceptors import Acceptor, acceptor_of, told_acceptor
 from harness.actors import Actor, Origin
 from harness.channel import Descriptor
-from harness.daemon import Client, occupancy, wait_until_empty
+from harness.daemon import LOOK_SECONDS, Client, occupancy, wait_until_empty
 from harness.netns import NetworkNamespace
 from harness.patience import patient
 from harness.routes import V4
@@ -146,7 +145,7 @@ class Stage:
         deadline = time.monotonic() + SWEEP_SECONDS
         while occupancy(self.client)["pending"] > self._before["pending"]:
             assert time.monotonic() < deadline, "nothing is swept"
-            os.sched_yield()
+            time.sleep(LOOK_SECONDS)
 
     def assert_empty(self) -> None:
         """No record of this scenario is there at this moment."""
