@@ -16,6 +16,10 @@
 #define EXTENT_STEPS 9     /* to halve UID_GID_MAP_MAX_EXTENTS, 340, down to 0 */
 
 static int (*set_return_value)(int value) = (void *)BPF_FUNC_set_retval;
+#ifdef CAST_TO_KERN_CTX
+/* No call: the verifier makes a move of it. */
+static u64 (*kernel_context)(void *context) = (void *)CAST_TO_KERN_CTX;
+#endif
 
 /* struct ucred, and what it is where the kernel knows nobody. */
 struct peer {
@@ -240,11 +244,23 @@ static __always_inline bool see(struct credentials *credentials, struct peer *to
     return true;
 }
 
+/* The caller's task. With the kernel's own context no helper need be called, which takes as long
+ * as all else that is done at once. */
+static __always_inline u64 caller(struct bpf_sockopt *context)
+{
+#ifdef CAST_TO_KERN_CTX
+    return LOAD(u64, kernel_context(context), sockopt_task);
+#else
+    return current_task();
+#endif
+}
+
 /* What the socket itself carries is enough for a caller in the initial namespaces, which is
  * nearly every one. */
-static __always_inline bool see_at_once(struct bpf_sock *socket, struct peer *to)
+static __always_inline bool see_at_once(struct bpf_sockopt *context, struct bpf_sock *socket,
+                                        struct peer *to)
 {
-    u64 task = current_task();
+    u64 task = caller(context);
     struct server_socket *server = server_sockets.sk_storage_get(socket, 0, 0);
 
     if (!server || (server->role != ROLE_CHILD && server->role != ROLE_CLIENT) || server->gone ||
@@ -343,12 +359,12 @@ static __always_inline void give_credentials(struct bpf_sockopt *context, struct
     if (value + sizeof(peer) <= end) {
         struct peer *answer = (struct peer *)value;
         if (length != sizeof(peer) || pid_and_uid(answer) != pid_and_uid(&nobody) ||
-            answer->gid != nobody.gid || see_at_once(socket, answer))
+            answer->gid != nobody.gid || see_at_once(context, socket, answer))
             return;
     } else if (!says_nobody(context, length)) {
         return;
     }
-    if (see_in_record(context, socket, &peer) || see_at_once(socket, &peer))
+    if (see_in_record(context, socket, &peer) || see_at_once(context, socket, &peer))
         write_as_much_as_fits(context, length, &peer);
 }
 

@@ -114,19 +114,23 @@ class KernelTypes:
             type_id = found[1]
         return Member(bits // 8, bits % 8)
 
-    def prototype(self, function: str) -> Prototype:
-        """The parameters and the result of a kernel function.
+    def function(self, name: str) -> int:
+        """The number of a kernel function.
 
         Raises:
             FunctionMissing: this kernel has none of that name, or the compiler has
                 inlined it wherever it is called.
         """
-        found = self._bpf.btf__find_by_name_kind(self._btf, function.encode(), _KIND_FUNCTION)
+        found = self._bpf.btf__find_by_name_kind(self._btf, name.encode(), _KIND_FUNCTION)
         if found == -errno.ENOENT:
             raise FunctionMissing(
-                errno.ENOENT, f"this kernel has no function {function}, or has inlined it"
+                errno.ENOENT, f"this kernel has no function {name}, or has inlined it"
             )
-        signature = self._type(self._type(check(found, f"find {function}")).size_or_type)
+        return check(found, f"find {name}")
+
+    def prototype(self, function: str) -> Prototype:
+        """The parameters and the result of a kernel function; raises FunctionMissing."""
+        signature = self._type(self._type(self.function(function)).size_or_type)
         first = ctypes.addressof(signature) + ctypes.sizeof(_Type)
         parameters = (_Parameter * (int(signature.info) & 0xFFFF)).from_address(first)
         return Prototype(

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from peercredd import hooks, records
-from peercredd.btf import KernelTypes, MemberMissing
-from peercredd.compiled import Cache, Compiled
+from peercredd.btf import FunctionMissing, KernelTypes, MemberMissing
+from peercredd.compiled import KERNEL_FUNCTIONS, Cache, Compiled
 from peercredd.compiler import Refused, compile_programs, version
 from peercredd.libbpf import KernelError, Map, Rejected, can_trace
 from peercredd.mounts import cgroup_level
@@ -404,6 +404,12 @@ def _so_peercred_macros(types: KernelTypes) -> tuple[list[str], str]:
         return [], str(missing.strerror)
     with suppress(MemberMissing):
         flags += [f"-DOFFSET_{macro}={types.member(path).offset}" for macro, path in MPTCP.items()]
+    # Since Linux 6.2 (fd264ca02094); without it the caller's task takes a helper's call.
+    with suppress(MemberMissing, FunctionMissing):
+        flags += [
+            f"-DOFFSET_sockopt_task={types.member('bpf_sockopt_kern.current_task').offset}",
+            f"-DCAST_TO_KERN_CTX={KERNEL_FUNCTIONS + types.function('bpf_cast_to_kern_ctx')}",
+        ]
     overflow = {
         name: int(Path(f"/proc/sys/kernel/overflow{name}").read_text()) for name in ("uid", "gid")
     }

@@ -25,7 +25,13 @@ _KEPT = 8
 
 _LOAD_64_BITS = 0x18  # BPF_LD | BPF_DW | BPF_IMM, of two instructions
 _MAP_DESCRIPTOR = 1  # BPF_PSEUDO_MAP_FD, in the upper half of the registers
+_CALL = 0x85  # BPF_JMP | BPF_CALL
+_KERNEL_FUNCTION = 2  # BPF_PSEUDO_KFUNC_CALL, likewise
 _SIZE = 8
+
+KERNEL_FUNCTIONS = 1 << 24
+"""Behind the numbers of all helpers, which is what the compiler can call: this plus a number of the
+kernel's BTF stands for that function (kfunc)."""
 
 
 class Instructions(NamedTuple):
@@ -37,7 +43,10 @@ class Instructions(NamedTuple):
 
     @classmethod
     def of(cls, code: bytes, names: Mapping[int, str]) -> Instructions:
-        """Take the maps' descriptors, of which `names` tells the names, out of a program."""
+        """Take the maps' descriptors, of which `names` tells the names, out of a program.
+
+        Calls from `KERNEL_FUNCTIONS` on become such of kernel functions.
+        """
         found = []
         free = bytearray(code)
         offset = 0
@@ -47,6 +56,11 @@ class Instructions(NamedTuple):
                 (descriptor,) = struct.unpack_from("=i", code, offset + 4)
                 struct.pack_into("=i", free, offset + 4, 0)
                 found.append((offset, names[descriptor]))
+            elif operation == _CALL and not registers >> 4:
+                (called,) = struct.unpack_from("=i", code, offset + 4)
+                if called >= KERNEL_FUNCTIONS:
+                    free[offset + 1] = _KERNEL_FUNCTION << 4
+                    struct.pack_into("=i", free, offset + 4, called - KERNEL_FUNCTIONS)
             offset += 2 * _SIZE if operation == _LOAD_64_BITS else _SIZE
         return cls(bytes(free), tuple(found))
 

@@ -35,6 +35,17 @@ def test_without_what_tells_who_made_a_user_namespace_all_is_still_captured(
     assert loaded.missing_fields == ()
 
 
+def test_without_the_kernels_own_context_so_peercred_is_there_all_the_same(
+    hook_set: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without(self: KernelTypes, name: str, find: Any = KernelTypes.function) -> Any:
+        return find(self, f"{name}_that_no_kernel_has" if name == "bpf_cast_to_kern_ctx" else name)
+
+    monkeypatch.setattr(KernelTypes, "function", without)
+    assert not any("CAST" in flag for flag in capture.source(hook_set).flags)
+    assert capture.load(hook_set, max_connections=16, max_pending=16).so_peercred
+
+
 @pytest.mark.parametrize("member", ["tcp_sock.write_seq", "tcp_sock.fastopen_connect"])
 def test_without_a_required_member_the_error_names_it(
     member: str, hook_set: str, monkeypatch: pytest.MonkeyPatch

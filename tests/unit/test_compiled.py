@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from harness.users import ALICE
-from peercredd.compiled import Cache, Compiled, Instructions
+from peercredd.compiled import KERNEL_FUNCTIONS, Cache, Compiled, Instructions
 from peercredd.libbpf import MapShape
 
 KEY = "a" * 64
@@ -54,6 +54,17 @@ def test_a_number_that_looks_like_an_instruction_is_none() -> None:
     program = struct.pack("=BBhi", 0x18, 1, 0, 0x1118) + number + RETURN
 
     assert Instructions.of(program, {}) == Instructions(program, ())
+
+
+def call(kind: int, number: int) -> bytes:
+    return struct.pack("=BBhi", 0x85, kind << 4, 0, number)
+
+
+def test_a_number_behind_those_of_all_helpers_is_a_function_of_the_kernel() -> None:
+    helper, local = call(0, 175), call(1, KERNEL_FUNCTIONS + 7)
+    program = helper + call(0, KERNEL_FUNCTIONS + 4711) + local + RETURN
+
+    assert Instructions.of(program, {}).code == helper + call(2, 4711) + local + RETURN
 
 
 def test_what_is_kept_is_found_again_by_its_key_alone(folder: Path) -> None:
