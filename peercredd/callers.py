@@ -31,7 +31,7 @@ from peercredd.store import Answer, Reason, Store
 
 MAX_CALLS_PER_USER: Final = 64
 """Under way at the same time, of users who do not see all, besides `server.MAX_CALLS_UNSEEN`. With
-a request of 256 KB in each a user makes the daemon hold 20 MB."""
+a request of 256 KB in each a user makes the daemon hold 32 MB."""
 
 MAX_LISTS_PER_USER: Final = 2
 """Of these, ListConnections and WatchConnections: each reads every record there is."""
@@ -79,9 +79,8 @@ class Callers:
         self._policy = policy
         self._refusals = refusals
         self._service = service
-        # Not Counters: what one lacks takes a microsecond to say.
-        self._calls: dict[int, int] = {}
-        self._lists: dict[int, int] = {}
+        self._calls = _Tally(MAX_CALLS_PER_USER, "calls", refusals)
+        self._lists = _Tally(MAX_LISTS_PER_USER, "calls of ListConnections", refusals)
         # For each call the table is asked; but the same bytes always mean the same.
         self._tuple = lru_cache(_REMEMBERED)(self._tuple_of)
         self._admission = lru_cache(_REMEMBERED)(self._admission_of)
@@ -104,24 +103,6 @@ class Callers:
         if admission is None:
             raise self._unknown(peer, is_tcp=key is not None)
         return admission
-
-    def begin(self, uid: int, *, lists: bool) -> None:
-        """Count a call. Raises RequestError if there are as many as one user may have."""
-        calls = self._calls.get(uid, 0)
-        if calls >= MAX_CALLS_PER_USER:
-            raise self._too_many(uid, MAX_CALLS_PER_USER, "calls")
-        if lists:
-            listing = self._lists.get(uid, 0)
-            if listing >= MAX_LISTS_PER_USER:
-                raise self._too_many(uid, MAX_LISTS_PER_USER, "calls of ListConnections")
-            self._lists[uid] = listing + 1
-        self._calls[uid] = calls + 1
-
-    def end(self, uid: int, *, lists: bool) -> None:
-        """Count it no more."""
-        _one_less(self._calls, uid)
-        if lists:
-            _one_less(self._lists, uid)
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
         self._refusals.count(Refused.CALLER_UNKNOWN, None)
@@ -212,19 +193,35 @@ class Callers:
             self._refusals,
             listener_details=access.listener_details,
         )
-        return _Admitted(self, caller.euid, lists, self._service(view, access))
+        service = self._service(view, access)
+        admitted = _Admitted(caller.euid, service, self._calls)
+        if not lists:
+            return admitted
+        return _AdmittedTwice(admitted, _Admitted(caller.euid, service, self._lists))
 
     def _connection(self, host: str, port: int) -> Answer | Reason:
         here, there = _addresses(host)
         return self.store.find_by_tuple(self.store.own_netns_cookie, here, self.port, there, port)
 
-    def _too_many(self, uid: int, most: int, what: str) -> RequestError:
+
+class _Tally:
+    """How many calls of one kind each user has under way, and may have."""
+
+    def __init__(self, most: int, what: str, refusals: Refusals) -> None:
+        self.most = most
+        # Not a Counter: what one lacks takes a microsecond to say.
+        self.calls: dict[int, int] = {}
+        self._what = what
+        self._refusals = refusals
+
+    def too_many(self, uid: int) -> RequestError:
+        """Count the refusal of one more; the error to raise."""
         self._refusals.count(Refused.TOO_MANY_CALLS, uid)
         return RequestError(
             encode.error(
                 code_pb2.RESOURCE_EXHAUSTED,
                 Refused.TOO_MANY_CALLS.value,
-                f"you have {most} {what} under way, as many as one user may have; "
+                f"you have {self.most} {self._what} under way, as many as one user may have; "
                 "end some, or ask again later",
             )
         )
@@ -233,30 +230,48 @@ class Callers:
 class _Admitted:
     """Calls of one user who does not see all, while they are under way."""
 
-    __slots__ = ("_callers", "_lists", "_service", "_uid")
+    __slots__ = ("_calls", "_service", "_tally", "_uid")
 
-    def __init__(
-        self, callers: Callers, uid: int, lists: bool, service: PeerCredentialsService
-    ) -> None:
-        self._callers = callers
+    def __init__(self, uid: int, service: PeerCredentialsService, tally: _Tally) -> None:
         self._uid = uid
-        self._lists = lists
         self._service = service
+        self._tally = tally
+        self._calls = tally.calls
 
     def __enter__(self) -> PeerCredentialsService:
-        self._callers.begin(self._uid, lists=self._lists)
+        calls = self._calls.get(self._uid, 0)
+        if calls >= self._tally.most:
+            raise self._tally.too_many(self._uid)
+        self._calls[self._uid] = calls + 1
         return self._service
 
     def __exit__(self, *_: object) -> None:
-        self._callers.end(self._uid, lists=self._lists)
+        calls = self._calls[self._uid] - 1
+        if calls:
+            self._calls[self._uid] = calls
+        else:
+            del self._calls[self._uid]
 
 
-def _one_less(counts: dict[int, int], uid: int) -> None:
-    count = counts[uid] - 1
-    if count:
-        counts[uid] = count
-    else:
-        del counts[uid]
+class _AdmittedTwice:
+    """Calls that count as two kinds."""
+
+    __slots__ = ("_first", "_second")
+
+    def __init__(self, first: _Admitted, second: _Admitted) -> None:
+        self._first = first
+        self._second = second
+
+    def __enter__(self) -> PeerCredentialsService:
+        with ExitStack() as undo:
+            undo.enter_context(self._first)
+            service = undo.enter_context(self._second)
+            undo.pop_all()
+        return service
+
+    def __exit__(self, *_: object) -> None:
+        self._second.__exit__()
+        self._first.__exit__()
 
 
 def _endpoint(peer: str) -> _Peer:

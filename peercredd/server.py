@@ -56,7 +56,7 @@ user has at most `callers.MAX_CALLS_PER_USER` of them."""
 MAX_OPEN_TCP_STREAMS: Final = 384
 """Likewise."""
 
-MAX_CALLS_UNSEEN: Final = 16
+MAX_CALLS_UNSEEN: Final = 64
 """Calls on loopback TCP that wait for their message while nobody has asked whose they are. Who
 calls is asked faster with the message there; of any more it is asked, and counted, at once."""
 
