@@ -16,7 +16,6 @@ import stat
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from functools import lru_cache
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
 from typing import Final, NamedTuple
 from urllib.parse import unquote
@@ -40,8 +39,8 @@ MAX_CONNECTIONS_PER_USER: Final = 64
 """Of users who do not see all: 20 KB each while idle. So many too are allowed to all together of
 whom there is no record."""
 
-_REMEMBERED: Final = 256
-"""Connections of callers, of which it is known what their records mean: half a megabyte."""
+_MOST_REMEMBERED: Final = 256
+"""Connections of callers: half a megabyte."""
 
 _LOOPBACK_V4: Final = V4_MAPPED + bytes([127, 0, 0, 1])
 _LOOPBACK_V6: Final = bytes(15) + b"\1"
@@ -63,6 +62,16 @@ class _Peer(NamedTuple):
     port: int
 
 
+class _Remembered(NamedTuple):
+    """What the record of a connection means."""
+
+    key: bytes
+    """The tuple of the connection."""
+    record: bytes
+    as_call: AbstractContextManager[PeerCredentialsService]
+    as_list: AbstractContextManager[PeerCredentialsService]
+
+
 class Callers:
     """Admits calls that come to a port on loopback, under a policy."""
 
@@ -81,9 +90,7 @@ class Callers:
         self._service = service
         self._calls = _Tally(MAX_CALLS_PER_USER, "calls", refusals)
         self._lists = _Tally(MAX_LISTS_PER_USER, "calls of ListConnections", refusals)
-        # For each call the table is asked; but the same bytes always mean the same.
-        self._tuple = lru_cache(_REMEMBERED)(self._tuple_of)
-        self._admission = lru_cache(_REMEMBERED)(self._admission_of)
+        self._remembered: dict[str, _Remembered] = {}
 
     def admitted(
         self, peer: str, *, lists: bool = False
@@ -97,12 +104,15 @@ class Callers:
         Raises:
             RequestError: the caller is not known; or on entering, has too many calls under way.
         """
-        key = self._tuple(peer)
+        remembered = self._remembered.get(peer)
+        key = remembered.key if remembered else self._tuple_of(peer)
+        # For each call the table is asked; but the same bytes always mean the same.
         record = self.store.newest(key) if key else None
-        admission = self._admission(key, record, lists) if record else None
-        if admission is None:
-            raise self._unknown(peer, is_tcp=key is not None)
-        return admission
+        if remembered is None or record != remembered.record:
+            if key is None or record is None or not records.is_of(record, key):
+                raise self._unknown(peer, is_tcp=key is not None)
+            remembered = self._remember(peer, key, record)
+        return remembered.as_list if lists else remembered.as_call
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
         self._refusals.count(Refused.CALLER_UNKNOWN, None)
@@ -177,27 +187,29 @@ class Callers:
         here, there = _addresses(host)
         return records.TUPLE.pack(self.store.own_netns_cookie, there, here, port, self.port)
 
-    def _admission_of(
-        self, key: bytes, record: bytes, lists: bool
-    ) -> AbstractContextManager[PeerCredentialsService] | None:
-        if not records.is_of(record, key):
-            return None
+    def _remember(self, peer: str, key: bytes, record: bytes) -> _Remembered:
         _, cookie, _, _ = records.CONNECTION_HEAD.unpack_from(record)
         caller = records.credentials(record, records.CLIENT_OFFSET)
         access = self._policy.access(caller)
         if access.sees_all:
-            return nullcontext(self._service(self.store, access))
-        view = OwnView(
-            self.store,
-            Caller(caller.euid, cookie),
-            self._refusals,
-            listener_details=access.listener_details,
-        )
-        service = self._service(view, access)
-        admitted = _Admitted(caller.euid, service, self._calls)
-        if not lists:
-            return admitted
-        return _AdmittedTwice(admitted, _Admitted(caller.euid, service, self._lists))
+            everything = nullcontext(self._service(self.store, access))
+            remembered = _Remembered(key, record, everything, everything)
+        else:
+            view = OwnView(
+                self.store,
+                Caller(caller.euid, cookie),
+                self._refusals,
+                listener_details=access.listener_details,
+            )
+            service = self._service(view, access)
+            as_call = _Admitted(caller.euid, service, self._calls)
+            as_list = _AdmittedTwice(as_call, _Admitted(caller.euid, service, self._lists))
+            remembered = _Remembered(key, record, as_call, as_list)
+        self._remembered.pop(peer, None)
+        if len(self._remembered) >= _MOST_REMEMBERED:
+            del self._remembered[next(iter(self._remembered))]
+        self._remembered[peer] = remembered
+        return remembered
 
     def _connection(self, host: str, port: int) -> Answer | Reason:
         here, there = _addresses(host)
