@@ -300,7 +300,7 @@ class OwnView:
         }
 
     def _answer(self, sighting: Sighting) -> Answer | Reason:
-        uid, owners = self._caller.uid, sighting.owners
+        uid, owners = self._caller.uid, sighting.owners()
         serves = owners is not None and uid in (owners.listener, owners.acceptor)
         connected = owners is not None and uid == owners.client and owners.listener is not None
         if serves if sighting.asker_is_server else connected:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, suppress
 from enum import Enum
-from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -68,13 +67,19 @@ class Answer(NamedTuple):
 class Sighting(NamedTuple):
     """A connection as one of its ends asks for it, and how many map lookups it took."""
 
-    owners: Owners | None
-    """None if there is none."""
-    answer: Callable[[], Answer | Reason]
-    """What one who may learn all would be told."""
+    data: bytes | None
+    """Its ``struct connection``; None if there is none."""
     asker_is_server: bool
     hits: int
     misses: int
+
+    def owners(self) -> Owners | None:
+        """Whose it is; None if there is none."""
+        return records.owners(self.data) if self.data else None
+
+    def answer(self) -> Answer | Reason:
+        """What one who may learn all would be told."""
+        return _answer(self.data, self.asker_is_server) if self.data else Reason.NEVER_SEEN
 
 
 class Attachment(NamedTuple):
@@ -243,13 +248,13 @@ class Store:
         key = _COOKIE.pack(cookie)
         as_server = self._connections.lookup(key)
         if as_server and not records.ends(as_server).server_gone:
-            return _sighting(as_server, True, 1, 0)
+            return Sighting(as_server, True, 1, 0)
         server = self._by_client.lookup(key)
         data = self._connections.lookup(server) if server else None
         hits = sum(value is not None for value in (as_server, server, data))
         if data and records.CONNECTION_HEAD.unpack_from(data)[2] != cookie:
             data = None
-        return _sighting(data, False, hits, 2 + (server is not None) - hits)
+        return Sighting(data, False, hits, 2 + (server is not None) - hits)
 
     def sight_by_tuple(
         self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
@@ -264,14 +269,14 @@ class Store:
             data, done = self._newest(key)
             hits, misses = hits + done[0], misses + done[1]
             if data:
-                return _sighting(data, asker_is_server, hits, misses)
-        return _sighting(None, False, hits, misses)
+                return Sighting(data, asker_is_server, hits, misses)
+        return Sighting(None, False, hits, misses)
 
     def spend(self, sighting: Sighting, present: int) -> None:
         """Make up for what a sighting took less than the longest one that there could be.
 
         Args:
-            sighting: it took so many lookups, and decoded whose it is if it is anybody's.
+            sighting: it took so many lookups, and whose it is was decoded if it is anybody's.
             present: cookie of a server socket that has a record.
         """
         data = None
@@ -279,7 +284,7 @@ class Store:
             data = self._connections.lookup(_COOKIE.pack(present)) or data
         for _ in range(_MOST_LOOKUPS - sighting.misses):
             self._connections.lookup(_NO_COOKIE)
-        if data and not sighting.owners:
+        if data and not sighting.data:
             records.owners(data)
 
     def pages(self, size: int) -> Iterator[list[Connection]]:
@@ -420,13 +425,6 @@ class Store:
         if value is None:
             raise KernelError(0, f"the drop counter {index} is missing from the capture")
         return int(_DROP_COUNT.unpack(value)[0])
-
-
-def _sighting(data: bytes | None, asker_is_server: bool, hits: int, misses: int) -> Sighting:
-    owners = records.owners(data) if data else None
-    return Sighting(
-        owners, partial(_answer, data or b"", asker_is_server), asker_is_server, hits, misses
-    )
 
 
 def _answer(data: bytes, asker_is_server: bool) -> Answer | Reason:

@@ -200,20 +200,30 @@ class MemoryView:
         }
 
 
+class MemorySighting(Sighting):
+    """One of a connection that is in memory."""
+
+    found: Connection | None
+
+    def owners(self) -> Owners | None:
+        if self.found is None:
+            return None
+        return Owners(
+            self.found.client.euid,
+            self.found.listener.euid if self.found.listener else None,
+            self.found.acceptor.euid if self.found.acceptor else None,
+        )
+
+    def answer(self) -> Answer | Reason:
+        if self.found is None:
+            return Reason.NEVER_SEEN
+        return _answer(self.found, asker_is_server=self.asker_is_server)
+
+
 def sighting(found: Connection | None, asker_is_server: bool, hits: int, misses: int) -> Sighting:
-    if found is None:
-        return Sighting(None, lambda: Reason.NEVER_SEEN, asker_is_server, hits, misses)
-    return Sighting(
-        Owners(
-            found.client.euid,
-            found.listener.euid if found.listener else None,
-            found.acceptor.euid if found.acceptor else None,
-        ),
-        lambda: _answer(found, asker_is_server=asker_is_server),
-        asker_is_server,
-        hits,
-        misses,
-    )
+    made = MemorySighting(None, asker_is_server, hits, misses)
+    made.found = found
+    return made
 
 
 def _answer(found: Connection, *, asker_is_server: bool) -> Answer:
