@@ -244,8 +244,8 @@ static __always_inline bool see(struct credentials *credentials, struct peer *to
     return true;
 }
 
-/* The caller's task. With the kernel's own context no helper need be called, which takes as long
- * as all else that is done at once. */
+/* The caller's task. With the kernel's own context no helper need be called, which takes a third of
+ * the time that an answer at once does, where returns are made safe. */
 static __always_inline u64 caller(struct bpf_sockopt *context)
 {
 #ifdef CAST_TO_KERN_CTX
