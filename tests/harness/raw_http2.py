@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import select
+import selectors
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -56,16 +56,19 @@ def wait_until_ended(socks: Iterable[socket.socket], count: int, seconds: float)
     Raises:
         AssertionError: it did not within as many seconds of silence.
     """
-    received = dict.fromkeys(socks, b"")
     ended: set[tuple[socket.socket, bytes]] = set()
-    while len(ended) < count:
-        ready, _, _ = select.select(received, [], [], seconds)
-        assert ready, f"{len(ended)} streams were ended, not {count}"
-        for sock in ready:
-            data = received[sock] + sock.recv(1 << 16)
-            assert data, "a connection was closed"
-            while len(data) >= 9 and len(data) >= (end := 9 + int.from_bytes(data[:3], "big")):
-                if data[3] == RST_STREAM or (data[3] == HEADERS and data[4] & END_STREAM):
-                    ended.add((sock, data[5:9]))
-                data = data[end:]
-            received[sock] = data
+    received: dict[socket.socket, bytes] = {}
+    with selectors.DefaultSelector() as readable:
+        for sock in socks:
+            readable.register(sock, selectors.EVENT_READ, sock)
+        while len(ended) < count:
+            ready = [key.data for key, _ in readable.select(seconds)]
+            assert ready, f"{len(ended)} streams were ended, not {count}"
+            for sock in ready:
+                data = received.get(sock, b"") + sock.recv(1 << 16)
+                assert data, "a connection was closed"
+                while len(data) >= 9 and len(data) >= (end := 9 + int.from_bytes(data[:3], "big")):
+                    if data[3] == RST_STREAM or (data[3] == HEADERS and data[4] & END_STREAM):
+                        ended.add((sock, data[5:9]))
+                    data = data[end:]
+                received[sock] = data

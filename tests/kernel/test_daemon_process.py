@@ -140,7 +140,9 @@ def resident_kib(pid: int) -> int:
 def ended(pidfd: int) -> bool:
     """Wait until a process has ended."""
     with os.fdopen(pidfd):
-        return bool(select.select([pidfd], [], [], patient(60))[0])
+        end = select.poll()
+        end.register(pidfd, select.POLLIN)
+        return bool(end.poll(patient(60) * 1000))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
