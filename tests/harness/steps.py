@@ -494,6 +494,12 @@ def wait_until_connected(fd: int) -> None:
             raise OSError(error, os.strerror(error))
 
 
+def write_when_connected(fd: int) -> None:
+    """Write to a socket whose connect() has begun, as soon as that has ended."""
+    wait_until_connected(fd)
+    os.write(fd, b"x")
+
+
 def names(fd: int) -> tuple[Address, Address]:
     """getsockname() and getpeername()."""
     with _borrow(fd) as sock:
