@@ -202,9 +202,12 @@ class Callers:
                 listener_details=access.listener_details,
             )
             service = self._service(view, access)
-            as_call = _Admitted(caller.euid, service, self._calls)
-            as_list = _AdmittedTwice(as_call, _Admitted(caller.euid, service, self._lists))
-            remembered = _Remembered(key, record, as_call, as_list)
+            remembered = _Remembered(
+                key,
+                record,
+                _Admitted(caller.euid, service, self._calls),
+                _Admitted(caller.euid, service, self._calls, self._lists),
+            )
         self._remembered.pop(peer, None)
         if len(self._remembered) >= _MOST_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
@@ -242,48 +245,26 @@ class _Tally:
 class _Admitted:
     """Calls of one user who does not see all, while they are under way."""
 
-    __slots__ = ("_calls", "_service", "_tally", "_uid")
+    __slots__ = ("_service", "_tallies", "_uid")
 
-    def __init__(self, uid: int, service: PeerCredentialsService, tally: _Tally) -> None:
+    def __init__(self, uid: int, service: PeerCredentialsService, *tallies: _Tally) -> None:
         self._uid = uid
         self._service = service
-        self._tally = tally
-        self._calls = tally.calls
+        self._tallies = tallies
 
     def __enter__(self) -> PeerCredentialsService:
-        calls = self._calls.get(self._uid, 0)
-        if calls >= self._tally.most:
-            raise self._tally.too_many(self._uid)
-        self._calls[self._uid] = calls + 1
+        for tally in self._tallies:
+            if tally.calls.get(self._uid, 0) >= tally.most:
+                raise tally.too_many(self._uid)
+        for tally in self._tallies:
+            tally.calls[self._uid] = tally.calls.get(self._uid, 0) + 1
         return self._service
 
     def __exit__(self, *_: object) -> None:
-        calls = self._calls[self._uid] - 1
-        if calls:
-            self._calls[self._uid] = calls
-        else:
-            del self._calls[self._uid]
-
-
-class _AdmittedTwice:
-    """Calls that count as two kinds."""
-
-    __slots__ = ("_first", "_second")
-
-    def __init__(self, first: _Admitted, second: _Admitted) -> None:
-        self._first = first
-        self._second = second
-
-    def __enter__(self) -> PeerCredentialsService:
-        with ExitStack() as undo:
-            undo.enter_context(self._first)
-            service = undo.enter_context(self._second)
-            undo.pop_all()
-        return service
-
-    def __exit__(self, *_: object) -> None:
-        self._second.__exit__()
-        self._first.__exit__()
+        for tally in self._tallies:
+            tally.calls[self._uid] -= 1
+            if not tally.calls[self._uid]:
+                del tally.calls[self._uid]
 
 
 def _endpoint(peer: str) -> _Peer:
