@@ -14,6 +14,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+from harness import steps
+
 _CALLS_PER_CONNECTION = 16
 """The daemon takes 32, and has more wait."""
 
@@ -41,6 +43,8 @@ def prepare(path: list[str]) -> None:
     """Import what asking takes, from folders that others may not read."""
     sys.path += path
 
+    import psutil  # noqa: F401
+
     # gRPC imports these where it first needs them.
     from grpc import _channel, _server  # noqa: F401
 
@@ -60,6 +64,19 @@ def call(address: str, method: str, *requests: bytes, seconds: float = 60) -> Re
         details = dict(failed.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
         return Reply(failed.code().name, failed.details(), details, messages)
     return Reply("OK", "", b"", messages)
+
+
+def reset_connection(port: int) -> int:
+    """Reset the one connection to that port; returns the port that it came from."""
+    import psutil
+
+    (connection,) = (
+        each
+        for each in psutil.Process().net_connections("tcp")
+        if each.raddr and each.raddr.port == port
+    )
+    steps.disconnect(connection.fd)
+    return int(connection.laddr.port)
 
 
 def open_calls(address: str, method: str, count: int, *requests: bytes) -> list[str]:

@@ -5,7 +5,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 from uuid import uuid4
@@ -67,7 +67,7 @@ class Place:
             )
         )
         self._ready = self._actor_that_can_ask(undo.enter_context(Origin(cgroup)))
-        outside = self._actor_that_can_ask(undo.enter_context(Origin(None)))
+        self._outside = self._actor_that_can_ask(undo.enter_context(Origin(None)))
         self.server = self.actor(SERVICE)
         self.client = self.actor(ALICE)
         self.askers = {
@@ -76,7 +76,7 @@ class Place:
             LISTENER: self.actor(SERVICE),
             CLIENT: self.actor(ALICE),
             STRANGER: self.actor(BOB),
-            UNKNOWN: self._become(outside, 0),
+            UNKNOWN: self.outsider(0),
         }
         listening = self.server(steps.bind, V4, 0, ())
         self.server(steps.listen, listening)
@@ -90,6 +90,21 @@ class Place:
     def actor(self, uid: int, groups: tuple[int, ...] = ()) -> Actor:
         """A process in the namespace and the captured cgroup, that can ask."""
         return self._become(self._ready, uid, groups)
+
+    def outsider(self, uid: int) -> Actor:
+        """The same, but out of sight of the capture."""
+        return self._become(self._outside, uid)
+
+    @contextmanager
+    def sole_port(self, port: int) -> Iterator[None]:
+        """Every connect() in the namespace is from that port."""
+        path = Path("/proc/sys/net/ipv4/ip_local_port_range")
+        before = self.namespace.run(path.read_text)
+        self.namespace.run(path.write_text, f"{port} {port}")
+        try:
+            yield
+        finally:
+            self.namespace.run(path.write_text, before)
 
     def _become(self, ready: Actor, uid: int, groups: tuple[int, ...] = ()) -> Actor:
         actor = self.undo.enter_context(closing(ready.fork()))
@@ -492,6 +507,26 @@ def test_a_caller_is_who_connected_whatever_it_becomes(place: Place) -> None:
     asked = pb.LookupRequest(key=place.server_end).SerializeToString()
 
     assert before(caller.call, TCP, f"{API}/Lookup", asked).code == "OK"
+
+
+@pytest.mark.parametrize("role", [ROOT, STRANGER, UNKNOWN])
+def test_whoever_takes_the_port_of_a_caller_is_not_taken_for_that_one(
+    place: Place, role: str
+) -> None:
+    before = place.actor(ALICE)
+    before(caller.call, TCP, f"{API}/WhoAmI", b"")
+    port = before(caller.reset_connection, PORT)
+    uid = {ROOT: 0, STRANGER: BOB, UNKNOWN: ALICE}[role]
+    taking = place.outsider(uid) if role == UNKNOWN else place.actor(uid)
+
+    with place.sole_port(port):
+        reply = taking(caller.call, TCP, f"{API}/WhoAmI", b"")
+
+    assert taking(caller.reset_connection, PORT) == port
+    if role == UNKNOWN:
+        assert (reply.code, reply.messages) == ("UNAUTHENTICATED", [])
+    else:
+        assert pb.WhoAmIResponse.FromString(reply.messages[0]).caller.uid == uid
 
 
 def test_namespaces_of_others_are_not_told_from_those_that_do_not_exist(place: Place) -> None:
