@@ -72,14 +72,34 @@ class Sighting(NamedTuple):
     asker_is_server: bool
     hits: int
     misses: int
+    is_retired: bool = False
+    """Without data: the socket that asks was a connection's server, and has been closed."""
 
     def owners(self) -> Owners | None:
         """Whose it is; None if there is none."""
         return records.owners(self.data) if self.data else None
 
     def answer(self) -> Answer | Reason:
-        """What one who may learn all would be told."""
-        return _answer(self.data, self.asker_is_server) if self.data else Reason.NEVER_SEEN
+        """What one who may learn all would be told, but for the reason why there is none."""
+        data = self.data
+        if not data:
+            return Reason.NEVER_SEEN
+        established, server, client, listener = records.CONNECTION_HEAD.unpack_from(data)
+        if not established:  # the kernel is still writing it
+            return Reason.NEVER_SEEN
+        if not self.asker_is_server and not listener:
+            return Reason.OLDER_THAN_CAPTURE
+        return Answer(
+            records.credentials(
+                data, records.CLIENT_OFFSET if self.asker_is_server else records.LISTENER_OFFSET
+            ),
+            self.asker_is_server,
+            Tuple._make(records.TUPLE.unpack_from(data, records.CONNECTION_TUPLE_OFFSET)),
+            server,
+            client,
+            established,
+            records.acceptor(data),
+        )
 
 
 class Attachment(NamedTuple):
@@ -198,16 +218,10 @@ class Store:
 
     def find_by_socket(self, cookie: int) -> Answer | Reason:
         """The peer of the socket with this cookie, which may be either end."""
-        key = _COOKIE.pack(cookie)
-        as_server = self._connections.lookup(key)
-        if as_server and not records.ends(as_server).server_gone:
-            return _answer(as_server, asker_is_server=True)
-        server = self._by_client.lookup(key)
-        if server and (data := self._connections.lookup(server)):
-            _, _, client, _ = records.CONNECTION_HEAD.unpack_from(data)
-            if client == cookie:
-                return _answer(data, asker_is_server=False)
-        if as_server:
+        sighting = self.sight_by_socket(cookie)
+        if sighting.data:
+            return sighting.answer()
+        if sighting.is_retired:
             return Reason.RETIRED
         return self._absence(records.hash_of_cookie(cookie))
 
@@ -223,16 +237,15 @@ class Store:
             remote: address of the other end.
             remote_port: of the other end.
         """
-        pack = records.TUPLE.pack
-        as_server = pack(netns_cookie, remote, local, remote_port, local_port)
-        as_client = pack(netns_cookie, local, remote, local_port, remote_port)
-        for key, asker_is_server in ((as_server, True), (as_client, False)):
-            data, _ = self._newest(key)
-            if data:
-                return _answer(data, asker_is_server)
-        reason = self._absence(records.hash_of_tuple(as_server))
-        if reason is Reason.NEVER_SEEN:
-            reason = self._absence(records.hash_of_tuple(as_client))
+        ends = netns_cookie, local, local_port, remote, remote_port
+        sighting = self.sight_by_tuple(*ends)
+        if sighting.data:
+            return sighting.answer()
+        reason = Reason.NEVER_SEEN
+        for key in _tuples(*ends):
+            reason = self._absence(records.hash_of_tuple(key))
+            if reason is not Reason.NEVER_SEEN:
+                break
         return reason
 
     def newest(self, key: bytes) -> bytes | None:
@@ -244,7 +257,7 @@ class Store:
         return self._connections.lookup(server) if server else None
 
     def sight_by_socket(self, cookie: int) -> Sighting:
-        """What `find_by_socket` would answer from, and whose it is."""
+        """What `find_by_socket` answers from."""
         key = _COOKIE.pack(cookie)
         as_server = self._connections.lookup(key)
         if as_server and not records.ends(as_server).server_gone:
@@ -254,21 +267,21 @@ class Store:
         hits = sum(value is not None for value in (as_server, server, data))
         if data and records.CONNECTION_HEAD.unpack_from(data)[2] != cookie:
             data = None
-        return Sighting(data, False, hits, 2 + (server is not None) - hits)
+        return Sighting(data, False, hits, 2 + (server is not None) - hits, as_server is not None)
 
     def sight_by_tuple(
         self, netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
     ) -> Sighting:
-        """What `find_by_tuple` would answer from, and whose it is."""
-        pack = records.TUPLE.pack
+        """What `find_by_tuple` answers from."""
         hits = misses = 0
-        for key, asker_is_server in (
-            (pack(netns_cookie, remote, local, remote_port, local_port), True),
-            (pack(netns_cookie, local, remote, local_port, remote_port), False),
-        ):
-            data, done = self._newest(key)
-            hits, misses = hits + done[0], misses + done[1]
-            if data:
+        keys = _tuples(netns_cookie, local, local_port, remote, remote_port)
+        for key, asker_is_server in zip(keys, (True, False), strict=True):
+            server = self._by_tuple.lookup(key)
+            data = self._connections.lookup(server) if server else None
+            found = (server is not None) + (data is not None)
+            hits += found
+            misses += 1 + (server is not None) - found
+            if data and records.is_of(data, key):
                 return Sighting(data, asker_is_server, hits, misses)
         return Sighting(None, False, hits, misses)
 
@@ -399,19 +412,6 @@ class Store:
             return self._hold(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
         return None
 
-    def _newest(self, key: bytes) -> tuple[bytes | None, tuple[int, int]]:
-        """The record that the tuple's index points to, if it is still of that tuple.
-
-        Besides it, how many lookups found something, and how many nothing.
-        """
-        server = self._by_tuple.lookup(key)
-        if not server:
-            return None, (0, 1)
-        data = self._connections.lookup(server)
-        if not data:
-            return None, (1, 1)
-        return data if records.is_of(data, key) else None, (2, 0)
-
     def _absence(self, subject: int) -> Reason:
         slot = self._absences.lookup(records.absence_slot(subject))
         if slot and (reason := records.absence_reason(slot, subject)):
@@ -427,22 +427,14 @@ class Store:
         return int(_DROP_COUNT.unpack(value)[0])
 
 
-def _answer(data: bytes, asker_is_server: bool) -> Answer | Reason:
-    established, server, client, listener = records.CONNECTION_HEAD.unpack_from(data)
-    if not established:  # the kernel is still writing it
-        return Reason.NEVER_SEEN
-    if not asker_is_server and not listener:
-        return Reason.OLDER_THAN_CAPTURE
-    return Answer(
-        records.credentials(
-            data, records.CLIENT_OFFSET if asker_is_server else records.LISTENER_OFFSET
-        ),
-        asker_is_server,
-        Tuple._make(records.TUPLE.unpack_from(data, records.CONNECTION_TUPLE_OFFSET)),
-        server,
-        client,
-        established,
-        records.acceptor(data),
+def _tuples(
+    netns_cookie: int, local: bytes, local_port: int, remote: bytes, remote_port: int
+) -> tuple[bytes, bytes]:
+    """The packed ``struct tuple`` with the asking end as the server, and as the client."""
+    pack = records.TUPLE.pack
+    return (
+        pack(netns_cookie, remote, local, remote_port, local_port),
+        pack(netns_cookie, local, remote, local_port, remote_port),
     )
 
 
