@@ -5,12 +5,13 @@ is sound here, though a tuple alone names the newest connection only: while the 
 can still send, it has that tuple to itself in its network namespace, and the kernel lets no other
 connection be born with it. A caller that has reset its connection so that another may take
 the tuple is perhaps taken for that other one, and gets nothing: the answer goes to the
-socket that was reset. So who calls is not remembered from one call to the next, only what the
-bytes of a record mean; and what a call was admitted as it stays until its end.
+socket that was reset. So who calls is not remembered from one call to the next, only whose each
+of the daemon's sockets is; and what a call was admitted as it stays until its end.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import stat
 from collections import Counter
@@ -19,6 +20,7 @@ from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
 from typing import Final, NamedTuple
 from urllib.parse import unquote
+from weakref import WeakValueDictionary
 
 from google.rpc import code_pb2
 
@@ -63,11 +65,12 @@ class _Peer(NamedTuple):
 
 
 class _Remembered(NamedTuple):
-    """What the record of a connection means."""
+    """Whose a connection is."""
 
     key: bytes
-    """The tuple of the connection."""
-    record: bytes
+    """Its tuple."""
+    server: bytes
+    """The cookie of the daemon's socket, which no other one ever has (sock_gen_cookie())."""
     as_call: AbstractContextManager[PeerCredentialsService]
     as_list: AbstractContextManager[PeerCredentialsService]
 
@@ -88,8 +91,8 @@ class Callers:
         self._policy = policy
         self._refusals = refusals
         self._service = service
-        self._calls = _Tally(MAX_CALLS_PER_USER, "calls", refusals)
-        self._lists = _Tally(MAX_LISTS_PER_USER, "calls of ListConnections", refusals)
+        self._calls: WeakValueDictionary[int, _UnderWay] = WeakValueDictionary()
+        self._lists: WeakValueDictionary[int, _UnderWay] = WeakValueDictionary()
         self._remembered: dict[str, _Remembered] = {}
 
     def admitted(
@@ -106,12 +109,13 @@ class Callers:
         """
         remembered = self._remembered.get(peer)
         key = remembered.key if remembered else self._tuple_of(peer)
-        # For each call the table is asked; but the same bytes always mean the same.
-        record = self.store.newest(key) if key else None
-        if remembered is None or record != remembered.record:
-            if key is None or record is None or not records.is_of(record, key):
+        # The table is asked for each call; but a socket's record always names the same client.
+        server = self.store.newest(key) if key else None
+        if remembered is None or server != remembered.server:
+            record = self.store.record(server, key) if server and key else None
+            if not (key and server and record):
                 raise self._unknown(peer, is_tcp=key is not None)
-            remembered = self._remember(peer, key, record)
+            remembered = self._remember(peer, key, server, record)
         return remembered.as_list if lists else remembered.as_call
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
@@ -187,13 +191,13 @@ class Callers:
         here, there = _addresses(host)
         return records.TUPLE.pack(self.store.own_netns_cookie, there, here, port, self.port)
 
-    def _remember(self, peer: str, key: bytes, record: bytes) -> _Remembered:
+    def _remember(self, peer: str, key: bytes, server: bytes, record: bytes) -> _Remembered:
         _, cookie, _, _ = records.CONNECTION_HEAD.unpack_from(record)
         caller = records.credentials(record, records.CLIENT_OFFSET)
         access = self._policy.access(caller)
         if access.sees_all:
             everything = nullcontext(self._service(self.store, access))
-            remembered = _Remembered(key, record, everything, everything)
+            remembered = _Remembered(key, server, everything, everything)
         else:
             view = OwnView(
                 self.store,
@@ -202,11 +206,9 @@ class Callers:
                 listener_details=access.listener_details,
             )
             service = self._service(view, access)
+            calls, lists = self._under_way(caller.euid)
             remembered = _Remembered(
-                key,
-                record,
-                _Admitted(caller.euid, service, self._calls),
-                _Admitted(caller.euid, service, self._calls, self._lists),
+                key, server, _Admitted(service, calls), _Admitted(service, calls, lists)
             )
         self._remembered.pop(peer, None)
         if len(self._remembered) >= _MOST_REMEMBERED:
@@ -214,24 +216,33 @@ class Callers:
         self._remembered[peer] = remembered
         return remembered
 
+    def _under_way(self, uid: int) -> tuple[_UnderWay, _UnderWay]:
+        """A user's calls, and its lists among them; for all of its connections the same."""
+        refuse = functools.partial(self._refusals.count, Refused.TOO_MANY_CALLS, uid)
+        return (
+            self._calls.setdefault(uid, _UnderWay(MAX_CALLS_PER_USER, "calls", refuse)),
+            self._lists.setdefault(
+                uid, _UnderWay(MAX_LISTS_PER_USER, "calls of ListConnections", refuse)
+            ),
+        )
+
     def _connection(self, host: str, port: int) -> Answer | Reason:
         here, there = _addresses(host)
         return self.store.find_by_tuple(self.store.own_netns_cookie, here, self.port, there, port)
 
 
-class _Tally:
-    """How many calls of one kind each user has under way, and may have."""
+class _UnderWay:
+    """The calls of one kind that one user has under way."""
 
-    def __init__(self, most: int, what: str, refusals: Refusals) -> None:
+    def __init__(self, most: int, what: str, refuse: Callable[[], None]) -> None:
+        self.calls = 0
         self.most = most
-        # Not a Counter: what one lacks takes a microsecond to say.
-        self.calls: dict[int, int] = {}
         self._what = what
-        self._refusals = refusals
+        self._refuse = refuse
 
-    def too_many(self, uid: int) -> RequestError:
+    def one_too_many(self) -> RequestError:
         """Count the refusal of one more; the error to raise."""
-        self._refusals.count(Refused.TOO_MANY_CALLS, uid)
+        self._refuse()
         return RequestError(
             encode.error(
                 code_pb2.RESOURCE_EXHAUSTED,
@@ -243,28 +254,25 @@ class _Tally:
 
 
 class _Admitted:
-    """Calls of one user who does not see all, while they are under way."""
+    """Calls over one connection of a user who does not see all, while they are under way."""
 
-    __slots__ = ("_service", "_tallies", "_uid")
+    __slots__ = ("_counted", "_service")
 
-    def __init__(self, uid: int, service: PeerCredentialsService, *tallies: _Tally) -> None:
-        self._uid = uid
+    def __init__(self, service: PeerCredentialsService, *counted: _UnderWay) -> None:
         self._service = service
-        self._tallies = tallies
+        self._counted = counted
 
     def __enter__(self) -> PeerCredentialsService:
-        for tally in self._tallies:
-            if tally.calls.get(self._uid, 0) >= tally.most:
-                raise tally.too_many(self._uid)
-        for tally in self._tallies:
-            tally.calls[self._uid] = tally.calls.get(self._uid, 0) + 1
+        for kind in self._counted:
+            if kind.calls >= kind.most:
+                raise kind.one_too_many()
+        for kind in self._counted:
+            kind.calls += 1
         return self._service
 
     def __exit__(self, *_: object) -> None:
-        for tally in self._tallies:
-            tally.calls[self._uid] -= 1
-            if not tally.calls[self._uid]:
-                del tally.calls[self._uid]
+        for kind in self._counted:
+            kind.calls -= 1
 
 
 def _endpoint(peer: str) -> _Peer:

@@ -249,12 +249,16 @@ class Store:
         return reason
 
     def newest(self, key: bytes) -> bytes | None:
-        """The ``struct connection`` that is the newest one of a packed ``struct tuple``.
+        """The cookie, packed, of the newest server socket that has a packed ``struct tuple``.
 
-        None if there is none. `records.is_of` has to say of it that it is that still.
+        None if there is none.
         """
-        server = self._by_tuple.lookup(key)
-        return self._connections.lookup(server) if server else None
+        return self._by_tuple.lookup(key)
+
+    def record(self, server: bytes, key: bytes) -> bytes | None:
+        """The ``struct connection`` of a server socket; None if it is not of that tuple now."""
+        data = self._connections.lookup(server)
+        return data if data and records.is_of(data, key) else None
 
     def sight_by_socket(self, cookie: int) -> Sighting:
         """What `find_by_socket` answers from."""
