@@ -26,7 +26,9 @@ class Effort(NamedTuple):
     starts: int = 5
     policy_seconds: float = 0.5
     """One stretch of calls with policy on, or off."""
-    policy_rounds: int = 30
+    policy_rounds: int = 6
+    """With each number of callers, of each server process."""
+    policy_servers: int = 10
     flood_seconds: float = 0.5
     """One stretch of calls, alone or under flood."""
     flood_rounds: int = 20
@@ -48,7 +50,8 @@ QUICK = Effort(
     call_rounds=8,
     starts=2,
     policy_seconds=0.2,
-    policy_rounds=6,
+    policy_rounds=3,
+    policy_servers=2,
     flood_seconds=0.2,
     flood_rounds=4,
     watch_seconds=1.0,
