@@ -29,8 +29,7 @@ from peercredd.hooks import HOOK_SETS
 
 pytestmark = pytest.mark.kernel
 
-SERVING_LIMIT_KIB = (45 if sys.version_info < (3, 13) else 52) * 1024
-"""The same is its own with each Python, but of gRPC's library more is mapped."""
+SERVING_LIMIT_KIB = 45 * 1024
 SUPERVISOR_LIMIT_KIB = 30 * 1024
 
 
@@ -396,9 +395,7 @@ def test_a_sweep_that_cannot_be_started_is_a_warning_and_the_daemon_goes_on(
     assert status == 0
 
 
-def test_the_server_is_at_most_45_mb_or_52_since_python_3_13_and_its_supervisor_30(
-    process: Process,
-) -> None:
+def test_the_serving_process_is_at_most_45_mb_and_its_supervisor_30(process: Process) -> None:
     process.start()
     process.event("serving")
     with peercred.Client(process.address, timeout=patient(60)) as client:
