@@ -10,13 +10,14 @@ import functools
 import os
 import sys
 import tempfile
-from contextlib import closing, nullcontext
+from contextlib import closing
 from pathlib import Path
 
 import grpc.aio
 
 from bench.child import answer
 from peercredd.access import Policy
+from peercredd.callers import Admitted
 from peercredd.events import Events
 from peercredd.figures import Figures
 from peercredd.processes import Processes
@@ -46,9 +47,9 @@ async def _serve(pin_dir: Path, folder: str) -> None:
         service = functools.partial(
             PeerCredentialsService, processes=Processes(), daemon_pid=os.getpid(), figures=Figures()
         )
-        to_all = service(store)
+        to_all = Admitted(service(store))
         unasked = Gate(
-            lambda _context, _lists: nullcontext(to_all),
+            lambda _context, _lists: to_all,
             Places(MAX_OPEN_TCP_STREAMS),
             counts_early=False,
         )

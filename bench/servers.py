@@ -13,7 +13,7 @@ import tempfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, closing, nullcontext
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +30,7 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd.callers import Admitted
 from peercredd.events import Events
 from peercredd.server import MAX_OPEN_STREAMS, OPTIONS, Gate, Places, handlers
 from peercredd.service import PeerCredentialsService
@@ -150,13 +151,14 @@ async def _serve_in_loop(
     async def empty(data: bytes, _: Any) -> bytes:
         return _empty(data)
 
+    admitted = Admitted(service)
     server = grpc.aio.server(
         handlers=[
             *handlers(
                 store,
                 hub,
                 Gate(
-                    lambda _context, _lists: nullcontext(service),
+                    lambda _context, _lists: admitted,
                     Places(MAX_OPEN_STREAMS),
                     counts_early=False,
                 ),

@@ -16,7 +16,7 @@ import os
 import stat
 from collections import Counter
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from contextlib import ExitStack, suppress
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
 from typing import Final, NamedTuple
 from urllib.parse import unquote
@@ -71,8 +71,8 @@ class _Remembered(NamedTuple):
     """Its tuple."""
     server: bytes
     """The cookie of the daemon's socket, which no other one ever has (sock_gen_cookie())."""
-    as_call: AbstractContextManager[PeerCredentialsService]
-    as_list: AbstractContextManager[PeerCredentialsService]
+    as_call: Admitted
+    as_list: Admitted
 
 
 class Callers:
@@ -95,17 +95,15 @@ class Callers:
         self._lists: WeakValueDictionary[int, _UnderWay] = WeakValueDictionary()
         self._remembered: dict[str, _Remembered] = {}
 
-    def admitted(
-        self, peer: str, *, lists: bool = False
-    ) -> AbstractContextManager[PeerCredentialsService]:
-        """Return a context in which one call is under way; it yields what answers.
+    def admitted(self, peer: str, *, lists: bool = False) -> Admitted:
+        """Admit a call.
 
         Args:
             peer: of the call's connection, as gRPC writes it.
             lists: whether it is a ListConnections.
 
         Raises:
-            RequestError: the caller is not known; or on entering, has too many calls under way.
+            RequestError: the caller is not known.
         """
         remembered = self._remembered.get(peer)
         key = remembered.key if remembered else self._tuple_of(peer)
@@ -196,7 +194,7 @@ class Callers:
         caller = records.credentials(record, records.CLIENT_OFFSET)
         access = self._policy.access(caller)
         if access.sees_all:
-            everything = nullcontext(self._service(self.store, access))
+            everything = Admitted(self._service(self.store, access))
             remembered = _Remembered(key, server, everything, everything)
         else:
             view = OwnView(
@@ -208,7 +206,7 @@ class Callers:
             service = self._service(view, access)
             calls, lists = self._under_way(caller.euid)
             remembered = _Remembered(
-                key, server, _Admitted(service, calls), _Admitted(service, calls, lists)
+                key, server, Admitted(service, calls), Admitted(service, calls, lists)
             )
         self._remembered.pop(peer, None)
         if len(self._remembered) >= _MOST_REMEMBERED:
@@ -253,8 +251,8 @@ class _UnderWay:
         )
 
 
-class _Admitted:
-    """Calls over one connection of a user who does not see all, while they are under way."""
+class Admitted:
+    """A call that may be answered. It is under way, and counted, inside of a ``with`` block."""
 
     __slots__ = ("_counted", "_service")
 
@@ -262,13 +260,22 @@ class _Admitted:
         self._service = service
         self._counted = counted
 
-    def __enter__(self) -> PeerCredentialsService:
+    def service(self) -> PeerCredentialsService:
+        """Return what answers it, of a call that is over before anything else happens.
+
+        Raises:
+            RequestError: its caller has as many calls under way as one may have.
+        """
         for kind in self._counted:
             if kind.calls >= kind.most:
                 raise kind.one_too_many()
+        return self._service
+
+    def __enter__(self) -> PeerCredentialsService:
+        service = self.service()
         for kind in self._counted:
             kind.calls += 1
-        return self._service
+        return service
 
     def __exit__(self, *_: object) -> None:
         for kind in self._counted:

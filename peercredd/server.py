@@ -15,12 +15,7 @@ import resource
 import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import (
-    AbstractContextManager,
-    asynccontextmanager,
-    contextmanager,
-    nullcontext,
-)
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, NoReturn, TypeAlias, TypeVar
 
@@ -35,7 +30,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.access import Policy, Refusals, Refused
-from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers
+from peercredd.callers import MAX_CONNECTIONS_PER_USER, Admitted, Callers
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
 from peercredd.listen import free_loopback_addresses, port_in_use
@@ -121,9 +116,9 @@ _Response = TypeVar("_Response", bound=Message)
 _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 Service: TypeAlias = PeerCredentialsService
-Admit: TypeAlias = Callable[[_Context, bool], AbstractContextManager[Service]]
-"""Yields what answers a call for as long as it runs, told whether it is a ListConnections. Raises
-RequestError for a caller who gets no answer."""
+Admit: TypeAlias = Callable[[_Context, bool], Admitted]
+"""Told whether the call is a ListConnections. Raises RequestError for a caller who gets no
+answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,10 +164,10 @@ async def serving(
     refusals = Refusals()
     max_connections, max_tcp_connections = _connections_with_descriptors()
     service = functools.partial(service, refusals=refusals)
-    for_members = service(view)
+    for_members = Admitted(service(view))
 
-    def everybody(_context: _Context, _lists: bool) -> AbstractContextManager[Service]:
-        return nullcontext(for_members)
+    def everybody(_context: _Context, _lists: bool) -> Admitted:
+        return for_members
 
     server = grpc.aio.server(
         handlers=handlers(view, hub, Gate(everybody, Places(MAX_OPEN_STREAMS), counts_early=False)),
@@ -201,7 +196,7 @@ async def serving(
 
 
 def _listening_on_loopback(callers: Callers, hub: Hub, max_connections: int) -> grpc.aio.Server:
-    def known(context: _Context, lists: bool) -> AbstractContextManager[Service]:
+    def known(context: _Context, lists: bool) -> Admitted:
         return callers.admitted(context.peer(), lists=lists)
 
     server = grpc.aio.server(
@@ -349,10 +344,9 @@ class Gate:
         # One timer for all calls: asyncio.timeout() would cost each a hundredth of its time.
         task = asyncio.current_task()
         assert task
-        loop = asyncio.get_running_loop()
-        self._waiting[task] = loop.time() + REQUEST_SECONDS
+        self._waiting[task] = time.monotonic() + REQUEST_SECONDS
         if not self._is_watched:
-            self._give_up_on(loop)
+            self._give_up_on(asyncio.get_running_loop())
         try:
             # Not through the iterator: one that is not read to its end costs another task.
             message = await context.read()
@@ -369,15 +363,16 @@ class Gate:
 
     def _give_up_on(self, loop: asyncio.AbstractEventLoop) -> None:
         """End the waiting of those that have waited for too long, now and from now on."""
+        now = time.monotonic()
         for task, until in tuple(self._waiting.items()):
-            if until > loop.time():
+            if until > now:
                 break
             del self._waiting[task]
             task.cancel()
         first = next(iter(self._waiting.values()), None)
         self._is_watched = first is not None
         if first is not None:
-            loop.call_at(first, self._give_up_on, loop)
+            loop.call_later(first - now, self._give_up_on, loop)
 
 
 def handlers(view: View, hub: Hub, gate: Gate) -> list[grpc.GenericRpcHandler]:
@@ -467,8 +462,7 @@ def _unary(
                 with gate.admit(context, False) as service:
                     return answer(service, await gate.received(data, context, request_type))
             request = await gate.received(data, context, request_type)
-            with gate.admit(context, False) as service:
-                return answer(service, request)
+            return answer(gate.admit(context, False).service(), request)
         except Exception as error:
             await _abort(context, error)
 
