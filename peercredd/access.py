@@ -301,8 +301,9 @@ class OwnView:
 
     def _answer(self, sighting: Sighting) -> Answer | Reason:
         uid, owners = self._caller.uid, sighting.owners()
-        serves = owners is not None and uid in (owners.listener, owners.acceptor)
-        connected = owners is not None and uid == owners.client and owners.listener is not None
+        client, listener, acceptor = owners or (None, None, None)
+        serves = uid in (listener, acceptor)
+        connected = uid == client and listener is not None
         if serves if sighting.asker_is_server else connected:
             answer = sighting.answer()
             # Nothing else was found for the one who asks: whose it is has told so.

@@ -106,14 +106,9 @@ class Callers:
             RequestError: the caller is not known.
         """
         remembered = self._remembered.get(peer)
-        key = remembered.key if remembered else self._tuple_of(peer)
         # The table is asked for each call; but a socket's record always names the same client.
-        server = self.store.newest(key) if key else None
-        if remembered is None or server != remembered.server:
-            record = self.store.record(server, key) if server and key else None
-            if not (key and server and record):
-                raise self._unknown(peer, is_tcp=key is not None)
-            remembered = self._remember(peer, key, server, record)
+        if remembered is None or self.store.newest(remembered.key) != remembered.server:
+            remembered = self._remember(peer)
         return remembered.as_list if lists else remembered.as_call
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
@@ -189,7 +184,14 @@ class Callers:
         here, there = _addresses(host)
         return records.TUPLE.pack(self.store.own_netns_cookie, there, here, port, self.port)
 
-    def _remember(self, peer: str, key: bytes, server: bytes, record: bytes) -> _Remembered:
+    def _remember(self, peer: str) -> _Remembered:
+        """Look up whose a connection is. Raises RequestError if that is not known."""
+        self._remembered.pop(peer, None)
+        key = self._tuple_of(peer)
+        server = self.store.newest(key) if key else None
+        record = self.store.record(server, key) if server and key else None
+        if not (key and server and record):
+            raise self._unknown(peer, is_tcp=key is not None)
         _, cookie, _, _ = records.CONNECTION_HEAD.unpack_from(record)
         caller = records.credentials(record, records.CLIENT_OFFSET)
         access = self._policy.access(caller)
@@ -208,7 +210,6 @@ class Callers:
             remembered = _Remembered(
                 key, server, Admitted(service, calls), Admitted(service, calls, lists)
             )
-        self._remembered.pop(peer, None)
         if len(self._remembered) >= _MOST_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[peer] = remembered

@@ -77,9 +77,12 @@ def check(result: int, what: str) -> int:
         KernelError: it was negative.
     """
     if result < 0:
-        number = ctypes.get_errno() or -result
-        raise KernelError(number, f"{what}: {os.strerror(number)}")
+        raise _failure(ctypes.get_errno() or -result, what)
     return result
+
+
+def _failure(number: int, what: str) -> KernelError:
+    return KernelError(number, f"{what}: {os.strerror(number)}")
 
 
 class _ObjGetOpts(ctypes.Structure):
@@ -372,6 +375,10 @@ def _program_info(program: int) -> tuple[_ProgramInfo, int]:
     return info, _read_info(program, info, "the state of a program")
 
 
+# libbpf returns the error as well; having errno kept would be a tenth of a lookup.
+_WithoutErrno = ctypes.PYFUNCTYPE(ctypes.c_int)
+
+
 class Map:
     """A BPF map by its file descriptor, keys and values as bytes.
 
@@ -386,7 +393,7 @@ class Map:
         self.value_size = int(info.value_size)
         self.max_entries = int(info.max_entries)
         self._value_type = ctypes.c_char * self.value_size
-        self._lookup = library().bpf_map_lookup_elem
+        self._lookup = _WithoutErrno(("bpf_map_lookup_elem", library()))
 
     @classmethod
     def open(cls, path: Path, *, writable: bool = False) -> Map:
@@ -403,7 +410,8 @@ class Map:
         result: int = self._lookup(self.file_descriptor, key, value)
         if result == 0:
             return value.raw
-        self._absent(result, "look up a key")
+        if result != -errno.ENOENT:
+            raise _failure(-result, "look up a key")
         return None
 
     def update(self, key: bytes, value: bytes, *, exclusive: bool = False) -> bool:
@@ -496,7 +504,8 @@ class Map:
         """The values of `key` in a per-CPU map; of CPUs that may come, too."""
         size = (self.value_size + 7) & ~7  # as bpf_map_value_size() in kernel/bpf/syscall.c
         values = ctypes.create_string_buffer(size * library().libbpf_num_possible_cpus())
-        check(self._lookup(self.file_descriptor, key, values), "read a map")
+        if result := self._lookup(self.file_descriptor, key, values):
+            raise _failure(-result, "read a map")
         return [
             values.raw[start : start + self.value_size] for start in range(0, len(values), size)
         ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import struct
 import sys
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 MAX_GROUPS = 32
 MAX_PID_LEVELS = 6
@@ -286,14 +286,9 @@ def connection(data: bytes) -> Connection | None:
     )
 
 
-class Owners(NamedTuple):
-    """Whose a connection is: effective uids."""
-
-    client: int
-    listener: int | None
-    """None where the listener is older than the capture."""
-    acceptor: int | None
-    """None as long as nobody has accepted, or none was seen to."""
+Owners: TypeAlias = tuple[int, int | None, int | None]
+"""Whose a connection is, effective uids: of its client; of its listener, None where that is older
+than the capture; of its acceptor, None as long as nobody has accepted, or none was seen to."""
 
 
 def owners(data: bytes) -> Owners | None:
@@ -304,4 +299,4 @@ def owners(data: bytes) -> Owners | None:
     established, listener_cookie, accepted, client, listener, acceptor = _OWNERS.unpack_from(data)
     if not established:
         return None
-    return Owners(client, listener if listener_cookie else None, acceptor if accepted else None)
+    return client, listener if listener_cookie else None, acceptor if accepted else None

@@ -208,7 +208,7 @@ class MemorySighting(Sighting):
     def owners(self) -> Owners | None:
         if self.found is None:
             return None
-        return Owners(
+        return (
             self.found.client.euid,
             self.found.listener.euid if self.found.listener else None,
             self.found.acceptor.euid if self.found.acceptor else None,

@@ -6,7 +6,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from peercredd import records
-from peercredd.records import Owners
 
 HEAD = records.CONNECTION_HEAD.size
 PRESENT = st.sampled_from((bytes(8), b"\1" + bytes(7)))
@@ -30,7 +29,7 @@ def test_whose_a_connection_is_said_by_the_whole_record(
     whole = records.connection(bytes(data))
     assert records.owners(bytes(data)) == (
         whole
-        and Owners(
+        and (
             whole.client.euid,
             whole.listener.euid if whole.listener else None,
             whole.acceptor.euid if whole.acceptor else None,
