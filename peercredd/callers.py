@@ -95,7 +95,7 @@ class Callers:
         self._lists: WeakValueDictionary[int, _UnderWay] = WeakValueDictionary()
         self._remembered: dict[str, _Remembered] = {}
 
-    def admitted(self, peer: str, *, lists: bool = False) -> Admitted:
+    def admitted(self, peer: str, lists: bool) -> Admitted:
         """Admit a call.
 
         Args:

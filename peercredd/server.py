@@ -197,7 +197,7 @@ async def serving(
 
 def _listening_on_loopback(callers: Callers, hub: Hub, max_connections: int) -> grpc.aio.Server:
     def known(context: _Context, lists: bool) -> Admitted:
-        return callers.admitted(context.peer(), lists=lists)
+        return callers.admitted(context.peer(), lists)
 
     server = grpc.aio.server(
         handlers=handlers(

@@ -163,6 +163,9 @@ class Store:
     own_netns_cookie: int
     """SO_NETNS_COOKIE of the network namespace that this process is in."""
 
+    newest: Callable[[bytes], bytes | None]
+    """By a packed ``struct tuple`` the cookie, packed, of the newest server socket that has it."""
+
     def __init__(
         self,
         pin_dir: Path,
@@ -187,6 +190,7 @@ class Store:
             self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
             self._connections = self._tables["connections"]
             self._by_tuple = self._tables["by_tuple"]
+            self.newest = self._by_tuple.lookup
             self._by_client = self._tables["by_client"]
             self._absences = self._open(capture, "absences")
             self._older = self._open(capture, "older")
@@ -247,13 +251,6 @@ class Store:
             if reason is not Reason.NEVER_SEEN:
                 break
         return reason
-
-    def newest(self, key: bytes) -> bytes | None:
-        """The cookie, packed, of the newest server socket that has a packed ``struct tuple``.
-
-        None if there is none.
-        """
-        return self._by_tuple.lookup(key)
 
     def record(self, server: bytes, key: bytes) -> bytes | None:
         """The ``struct connection`` of a server socket; None if it is not of that tuple now."""
