@@ -1,25 +1,67 @@
-"""What a process does not carry: modules that it would import and never use."""
+"""What a process does not carry: what it would import or keep, and never use."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
+import re
 import sys
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+_M_MMAP_THRESHOLD: Final = -3
+_DEFAULT_MMAP_THRESHOLD: Final = 128 * 1024
+"""Bytes: of malloc.h, as is the name."""
+_MADV_DONTNEED: Final = 4
+
+_MAPPING: Final = re.compile(
+    r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) r-[x-]p \S+ \S+ \S+ +/.*\n"
+    r"(?:[A-Z].*\n)*?Anonymous: +(?P<anonymous>\d+) kB\n",
+    re.MULTILINE,
+)
+"""Of a file that is only read and run, in proc_pid_smaps(5)."""
 
 
 def leave_out() -> None:
     """Have libraries do without what they would import and nothing here uses.
 
     structlog imports rich, and asyncio ssl, where they are installed: 8 MB. The package of
-    pyroute2 imports each of its modules: a quarter of a second. Comes before any of them.
+    pyroute2 imports each of its modules: a quarter of a second. That of peercred imports the
+    clients, beside the messages: half a megabyte. Comes before any of them.
     """
     # None says "not installed".
     sys.modules.update(dict.fromkeys(("rich", "ssl")))  # type: ignore[arg-type]
-    if package := importlib.util.find_spec("pyroute2"):
-        # Modules are found in the package, of which nothing has been run.
-        sys.modules["pyroute2"] = importlib.util.module_from_spec(package)
+    for name in ("pyroute2", "peercred"):
+        if package := importlib.util.find_spec(name):
+            # Modules are found in the package, of which nothing has been run.
+            sys.modules[name] = importlib.util.module_from_spec(package)
 
 
 def let_in(library: str) -> None:
     """Let a library that was left out be imported after all."""
     if sys.modules.get(library, library) is None:
         del sys.modules[library]
+
+
+def keep_no_freed_blocks() -> None:
+    """Have what importing allocates in large blocks go back to the kernel when it is freed.
+
+    The first such block freed would have glibc take the next ones out of its heap, which keeps
+    its size: a megabyte. A threshold that was set, to whatever, stays: mallopt(3).
+    """
+    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD)
+
+
+def give_back_code() -> None:
+    """Unmap the pages of programs and libraries that only starting took: seven megabytes.
+
+    They stay in the files; what is used later is mapped again as it is used: madvise(2).
+    """
+    madvise = ctypes.CDLL(None).madvise
+    with suppress(OSError):  # a kernel without smaps
+        for mapping in _MAPPING.finditer(Path("/proc/self/smaps").read_text()):
+            # With pages of this process's own it would lose what was written there.
+            if mapping["anonymous"] == "0":
+                start, end = (int(mapping[limit], 16) for limit in ("start", "end"))
+                madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)

@@ -128,6 +128,7 @@ class _Life:
                 service=service,
                 bound=self._become,
             ):
+                lean.give_back_code()
                 writer.write(SERVING)
                 beating = asyncio.create_task(self._beat(reader, writer, stop))
                 await stop.wait()

@@ -11,6 +11,7 @@ import sys
 from peercredd import lean
 
 if __name__ == "__main__":
+    lean.keep_no_freed_blocks()
     lean.leave_out()
 
     # gRPC writes what strangers send to the socket into the log, as it comes.
