@@ -253,7 +253,7 @@ class _UnderWay:
 
 
 class Admitted:
-    """A call that may be answered. It is under way, and counted, inside of a ``with`` block."""
+    """Calls that may be answered. One is under way, and counted, in a ``with`` block."""
 
     __slots__ = ("_counted", "_service")
 
