@@ -11,6 +11,7 @@ of the daemon's sockets is; and what a call was admitted as it stays until its e
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import os
 import stat
@@ -100,7 +101,7 @@ class Callers:
 
         Args:
             peer: of the call's connection, as gRPC writes it.
-            lists: whether it is a ListConnections.
+            lists: whether it is a ListConnections or a WatchConnections.
 
         Raises:
             RequestError: the caller is not known.
@@ -220,9 +221,7 @@ class Callers:
         refuse = functools.partial(self._refusals.count, Refused.TOO_MANY_CALLS, uid)
         return (
             self._calls.setdefault(uid, _UnderWay(MAX_CALLS_PER_USER, "calls", refuse)),
-            self._lists.setdefault(
-                uid, _UnderWay(MAX_LISTS_PER_USER, "calls of ListConnections", refuse)
-            ),
+            self._lists.setdefault(uid, _UnderWay(MAX_LISTS_PER_USER, "lists or watches", refuse)),
         )
 
     def _connection(self, host: str, port: int) -> Answer | Reason:
@@ -253,7 +252,7 @@ class _UnderWay:
 
 
 class Admitted:
-    """Calls that may be answered. One is under way, and counted, in a ``with`` block."""
+    """Calls that may be answered, over one connection or all of a socket's."""
 
     __slots__ = ("_counted", "_service")
 
@@ -261,24 +260,27 @@ class Admitted:
         self._service = service
         self._counted = counted
 
-    def service(self) -> PeerCredentialsService:
-        """Return what answers it, of a call that is over before anything else happens.
+    def begin(self) -> PeerCredentialsService:
+        """Return what answers a call, from within gRPC's task of it.
+
+        It is under way until that ends, with the answer written: who does not read makes
+        that wait, long after the answer was made.
 
         Raises:
             RequestError: its caller has as many calls under way as one may have.
         """
-        for kind in self._counted:
-            if kind.calls >= kind.most:
-                raise kind.one_too_many()
+        if self._counted:
+            for kind in self._counted:
+                if kind.calls >= kind.most:
+                    raise kind.one_too_many()
+            for kind in self._counted:
+                kind.calls += 1
+            task = asyncio.current_task()
+            assert task
+            task.add_done_callback(self._end)
         return self._service
 
-    def __enter__(self) -> PeerCredentialsService:
-        service = self.service()
-        for kind in self._counted:
-            kind.calls += 1
-        return service
-
-    def __exit__(self, *_: object) -> None:
+    def _end(self, _: object) -> None:
         for kind in self._counted:
             kind.calls -= 1
 

@@ -117,8 +117,8 @@ _Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 Service: TypeAlias = PeerCredentialsService
 Admit: TypeAlias = Callable[[_Context, bool], Admitted]
-"""Told whether the call is a ListConnections. Raises RequestError for a caller who gets no
-answer."""
+"""Told whether it is a ListConnections or a WatchConnections. Raises RequestError for a caller who
+gets no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -459,10 +459,10 @@ def _unary(
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
             if gate.is_crowded:
-                with gate.admit(context, False) as service:
-                    return answer(service, await gate.received(data, context, request_type))
+                service = gate.admit(context, False).begin()
+                return answer(service, await gate.received(data, context, request_type))
             request = await gate.received(data, context, request_type)
-            return answer(gate.admit(context, False).service(), request)
+            return answer(gate.admit(context, False).begin(), request)
         except Exception as error:
             await _abort(context, error)
 
@@ -494,11 +494,11 @@ def _merged(
 
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
-            with gate.admit(context, False) as service:
-                pages = method(service, await gate.received(data, context, request_type))
-                with service.figures.timing(name):
-                    # By protobuf's encoding, messages one after the other are one merged message.
-                    return b"".join([page.SerializeToString() async for page in pages])
+            service = gate.admit(context, False).begin()
+            pages = method(service, await gate.received(data, context, request_type))
+            with service.figures.timing(name):
+                # By protobuf's encoding, messages one after the other are one merged message.
+                return b"".join([page.SerializeToString() async for page in pages])
         except Exception as error:
             await _abort(context, error)
 
@@ -514,7 +514,8 @@ def _server_stream(
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
-            with gate.streams.one(), gate.admit(context, lists) as service:
+            with gate.streams.one():
+                service = gate.admit(context, lists).begin()
                 request = await gate.received(data, context, request_type)
                 async for response in method(service, request):
                     yield response.SerializeToString()
@@ -535,7 +536,8 @@ def _stream(
 
     async def handle(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
-            with gate.streams.one(), gate.admit(context, False) as service:
+            with gate.streams.one():
+                service = gate.admit(context, False).begin()
                 async for response in method(service, decoded(messages)):
                     yield response.SerializeToString()
         except Exception as error:

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple
 
-from harness import steps
+from harness import raw_http2, steps
 
 _CALLS_PER_CONNECTION = 16
 """The daemon takes 32, and has more wait."""
@@ -25,6 +25,7 @@ _GOAWAY = 7
 _channels: dict[str, Any] = {}
 _open_calls: list[Any] = []
 _open_channels: list[Any] = []
+_silent: list[socket.socket] = []
 _watching: list[Any] = []
 _clients: dict[str | None, Any] = {}
 
@@ -101,6 +102,24 @@ def open_calls(address: str, method: str, count: int, *requests: bytes) -> list[
             codes.append("OK")
             _open_calls.append(answers)
     return codes
+
+
+def call_and_take_no_answer(
+    address: tuple[str, int], method: str, connections: int, calls: int, refused: int
+) -> None:
+    """Make so many calls over each of so many connections, on which no message can be sent back.
+
+    Returns when as many as `refused` have got an error, which needs no message.
+    """
+    for _ in range(connections):
+        sock = raw_http2.dial(address, raw_http2.TAKES_NO_MESSAGE)
+        _silent.append(sock)
+        for stream in range(1, 2 * calls, 2):
+            message = raw_http2.frame(
+                raw_http2.DATA, raw_http2.END_STREAM, stream, raw_http2.EMPTY_MESSAGE
+            )
+            sock.sendall(raw_http2.call(stream, method) + message)
+    raw_http2.wait_until_ended(_silent, refused, 60)
 
 
 def cancel_calls() -> None:

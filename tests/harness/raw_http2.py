@@ -21,6 +21,10 @@ def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:
 
 
 GREETING = PREFACE + frame(SETTINGS, 0, 0)
+TAKES_NO_MESSAGE = PREFACE + frame(SETTINGS, 0, 0, b"\0\4" + bytes(4))
+"""A greeting with SETTINGS_INITIAL_WINDOW_SIZE 0: only headers may be sent to this client."""
+EMPTY_MESSAGE = bytes(5)
+"""As gRPC has it in a DATA frame."""
 
 
 def field(name: str, value: str) -> bytes:
@@ -42,10 +46,13 @@ def call(stream: int, method: str) -> bytes:
     return frame(HEADERS, END_HEADERS, stream, fields)
 
 
-def dial(path: Path, greeting: bytes = GREETING) -> socket.socket:
-    """A connection that has sent its greeting."""
-    sock = socket.socket(socket.AF_UNIX)
-    sock.connect(str(path))
+def dial(address: Path | tuple[str, int], greeting: bytes = GREETING) -> socket.socket:
+    """A connection to a unix socket or a port that has sent its greeting."""
+    if isinstance(address, Path):
+        sock = socket.socket(socket.AF_UNIX)
+        sock.connect(str(address))
+    else:
+        sock = socket.create_connection(address)
     sock.sendall(greeting)
     return sock
 

@@ -33,15 +33,17 @@ from peercredd import keys as key_parser
 from peercredd.access import Caller, OwnView, Refusals
 from peercredd.callers import MAX_CALLS_PER_USER
 from peercredd.libbpf import Map
-from peercredd.server import MAX_CALLS_UNSEEN
+from peercredd.server import MAX_CALLS_UNSEEN, MAX_CONCURRENT_TCP_CALLS, TCP_OPTIONS
 from peercredd.store import Reason, Store
 
 pytestmark = pytest.mark.kernel
 
 PORT = 338
 TCP = f"ipv4:127.0.0.1:{PORT}"
+ADDRESS = "127.0.0.1", PORT
 TCP_V6 = f"ipv6:[::1]:{PORT}"
 API = "/peercred.v1.PeerCredentials"
+STREAMS = int(dict(TCP_OPTIONS)["grpc.max_concurrent_streams"])
 PROJECT = Path(__file__).parents[2]
 ABSENT = 2**63 + 1
 """No socket has that cookie."""
@@ -580,6 +582,21 @@ def test_calls_that_never_send_their_message_count_too_but_for_the_first_few(pla
     assert place.refused("TOO_MANY_CALLS") > before
     assert place.lookup(LISTENER, place.server_end).code == "OK"
     greedy.exit()
+
+
+@pytest.mark.parametrize("method", ["WhoAmI", "BatchLookup"])
+def test_calls_whose_answers_are_not_taken_stay_under_way(place: Place, method: str) -> None:
+    greedy = place.actor(CAROL)
+    before = place.refused("TOO_MANY_CALLS")
+    connections, refused = 20, 20 * STREAMS - MAX_CALLS_PER_USER
+    assert connections * STREAMS > MAX_CONCURRENT_TCP_CALLS
+
+    greedy(caller.call_and_take_no_answer, ADDRESS, method, connections, STREAMS, refused)
+
+    assert place.refused("TOO_MANY_CALLS") > before
+    assert place.lookup(LISTENER, place.server_end).code == "OK"
+    greedy.exit()
+    wait_for("OK", place.actor(CAROL), "WhoAmI")
 
 
 def test_one_user_lists_so_many_times_at_once(place: Place) -> None:
