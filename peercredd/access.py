@@ -209,7 +209,7 @@ class Source(Protocol):
     def spend(self, sighting: Sighting, present: int) -> None:
         """Make up for what a sighting took less than the longest one."""
 
-    def pages(self, size: int) -> Iterator[list[Connection]]:
+    def pages(self, size: int) -> Iterator[Iterable[Connection]]:
         """Yield all connections, about so many at a time."""
 
     def status(self, *, everything: bool = True) -> StoreStatus:
@@ -267,10 +267,10 @@ class OwnView:
             self._source.sight_by_tuple(netns_cookie, local, local_port, remote, remote_port)
         )
 
-    def pages(self, size: int) -> Iterator[list[Connection]]:
+    def pages(self, size: int) -> Iterator[Iterator[Connection]]:
         """Yield the connections whose server is the caller's, at most about so many at a time."""
         for page in self._source.pages(size):
-            yield [shown for connection in page if (shown := self.shown(connection))]
+            yield filter(None, map(self.shown, page))
 
     def shown(self, connection: Connection) -> Connection | None:
         """Return a connection as the caller may see it, None if its server is not the caller's."""

@@ -17,7 +17,8 @@ _MADV_DONTNEED: Final = 4
 
 _MAPPING: Final = re.compile(
     r"^(?P<start>[0-9a-f]+)-(?P<end>[0-9a-f]+) r-[x-]p \S+ \S+ \S+ +/.*\n"
-    r"(?:[A-Z].*\n)*?Anonymous: +(?P<anonymous>\d+) kB\n",
+    r"(?:[A-Z].*\n)*?Anonymous: +(?P<anonymous>\d+) kB\n"
+    r"(?:[A-Z].*\n)*?Swap: +(?P<swapped>\d+) kB\n",
     re.MULTILINE,
 )
 """Of a file that is only read and run, in proc_pid_smaps(5)."""
@@ -56,12 +57,13 @@ def keep_no_freed_blocks() -> None:
 def give_back_code() -> None:
     """Unmap the pages of programs and libraries that only starting took: seven megabytes.
 
-    They stay in the files; what is used later is mapped again as it is used: madvise(2).
+    They stay in the files; what is used later is mapped again as it is used: madvise(2). Not to be
+    called while another thread may load a library, or map and unmap files.
     """
     madvise = ctypes.CDLL(None).madvise
     with suppress(OSError):  # a kernel without smaps
         for mapping in _MAPPING.finditer(Path("/proc/self/smaps").read_text()):
             # With pages of this process's own it would lose what was written there.
-            if mapping["anonymous"] == "0":
+            if mapping["anonymous"] == mapping["swapped"] == "0":
                 start, end = (int(mapping[limit], 16) for limit in ("start", "end"))
                 madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), _MADV_DONTNEED)

@@ -445,29 +445,27 @@ class Map:
     def keys(self) -> Iterator[bytes]:
         """The keys of all entries that are there throughout; others may appear or not."""
         for keys, _, count in self._batches(256):
-            yield from _slices(keys.raw, self.key_size, count)
+            yield from _slices(keys, self.key_size, count)
 
     def items(self) -> Iterator[tuple[bytes, bytes]]:
         """All entries that are there throughout; others may appear or not."""
         for keys, values, count in self._batches(256):
             yield from zip(
-                _slices(keys.raw, self.key_size, count),
-                _slices(values.raw, self.value_size, count),
+                _slices(keys, self.key_size, count),
+                _slices(values, self.value_size, count),
                 strict=True,
             )
 
-    def pages(self, size: int) -> Iterator[list[bytes]]:
+    def pages(self, size: int) -> Iterator[Iterator[bytes]]:
         """The values of all entries that are there throughout, about so many at a time."""
         for _, values, count in self._batches(size):
-            yield list(_slices(values.raw, self.value_size, count))
+            yield _slices(values, self.value_size, count)
 
     def count(self) -> int:
         """Number of entries, counted: the kernel keeps no figure."""
         return sum(count for _, _, count in self._batches(1024))
 
-    def _batches(
-        self, size: int
-    ) -> Iterator[tuple[ctypes.Array[ctypes.c_char], ctypes.Array[ctypes.c_char], int]]:
+    def _batches(self, size: int) -> Iterator[tuple[bytes, bytes, int]]:
         """Keys, values and their number, at most about `size` at a time.
 
         A hash table is read bucket by bucket, so no entry comes twice
@@ -495,7 +493,10 @@ class Map:
                 continue
             if failure not in (0, errno.ENOENT):
                 check(result, "read a map")
-            yield keys, values, count.value
+            batch = keys.raw, values.raw, count.value
+            # Who reads slowly keeps one copy of it.
+            del keys, values
+            yield batch
             if failure == errno.ENOENT:
                 return
             position = next_position

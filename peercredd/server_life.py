@@ -128,7 +128,9 @@ class _Life:
                 service=service,
                 bound=self._become,
             ):
-                lean.give_back_code()
+                # Who scrapes has a thread of Python's, which may import what it has not yet.
+                if not self._settings["metrics"]:
+                    lean.give_back_code()
                 writer.write(SERVING)
                 beating = asyncio.create_task(self._beat(reader, writer, stop))
                 await stop.wait()

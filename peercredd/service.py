@@ -11,7 +11,7 @@ import errno
 import functools
 import os
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Protocol
 
 from google.rpc import code_pb2
@@ -81,7 +81,7 @@ class View(Protocol):
     ) -> Answer | Reason:
         """Find the other end of the newest connection between two endpoints."""
 
-    def pages(self, size: int) -> Iterator[list[Connection]]:
+    def pages(self, size: int) -> Iterator[Iterable[Connection]]:
         """Yield all connections, about so many at a time."""
 
     def shown(self, connection: Connection) -> Connection | None:

@@ -301,10 +301,13 @@ class Store:
         if data and not sighting.data:
             records.owners(data)
 
-    def pages(self, size: int) -> Iterator[list[Connection]]:
-        """All connections that are there throughout, about so many at a time."""
+    def pages(self, size: int) -> Iterator[Iterator[Connection]]:
+        """All connections that are there throughout, about so many at a time.
+
+        One is decoded when it is its turn, so that who has to wait between pages holds none.
+        """
         for page in self._connections.pages(size):
-            yield [found for data in page if (found := records.connection(data))]
+            yield filter(None, map(records.connection, page))
 
     def has_connection(self, server_cookie: int) -> bool:
         """Whether a server socket has a record."""

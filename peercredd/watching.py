@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
@@ -44,7 +44,7 @@ Shown = Callable[[Connection], Connection | None]
 class Source(Protocol):
     """What is told of; the Store is one."""
 
-    def pages(self, size: int) -> Iterator[list[Connection]]:
+    def pages(self, size: int) -> Iterator[Iterable[Connection]]:
         """Yield all connections, about so many at a time."""
 
     def has_connection(self, server_cookie: int) -> bool:

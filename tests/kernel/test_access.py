@@ -244,6 +244,7 @@ def test_a_client_learns_of_its_listener_what_a_unix_socket_would_tell_and_no_mo
         f"{API}/BatchLookup",
         f"{API}/LookupStream",
         f"{API}/ListConnections",
+        f"{API}/WatchConnections",
         f"{API}/GetStatus",
         f"{API}/WhoAmI",
         "/grpc.health.v1.Health/Check",
