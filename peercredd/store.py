@@ -368,12 +368,13 @@ class Store:
         """What keeps answers from being complete now: one line each, with what mends it."""
         lost = [program for program in self._links if not self._is_in_place(program)]
         cgroup = self._about["cgroup"]
+        by_ftrace = self._traced if self._cgroup_is_there() else ()
         problems = [
             f"not called: {', '.join(programs)}; {mend}"
             for programs, mend in (
-                ([each for each in lost if each in self._traced], "sysctl kernel.ftrace_enabled=1"),
+                ([each for each in lost if each in by_ftrace], "sysctl kernel.ftrace_enabled=1"),
                 (
-                    [each for each in lost if each not in self._traced],
+                    [each for each in lost if each not in by_ftrace],
                     f"somebody detached them, or {cgroup} was removed: restart peercredd",
                 ),
             )
@@ -397,9 +398,16 @@ class Store:
 
     def _is_in_place(self, program: str) -> bool:
         if program in self._traced:
-            # Its link stays; but without ftrace the kernel does not call it.
-            return not _reads(self._ftrace, b"0")
+            # Its link stays; but without ftrace the kernel does not call it, and of a cgroup
+            # that is gone it finds no socket.
+            return not _reads(self._ftrace, b"0") and self._cgroup_is_there()
         return link_cgroup_id(self._links[program]) != 0
+
+    def _cgroup_is_there(self) -> bool:
+        try:
+            return Path(self._about["cgroup"]).stat().st_ino == int(self._about["cgroup_id"])
+        except FileNotFoundError:
+            return False
 
     def _hold(self, descriptor: int) -> int:
         self._resources.callback(os.close, descriptor)

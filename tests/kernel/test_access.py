@@ -11,6 +11,7 @@ from typing import NamedTuple
 from uuid import uuid4
 
 import pytest
+from google.rpc import code_pb2
 from google.rpc.error_details_pb2 import ErrorInfo
 from google.rpc.status_pb2 import Status
 from grpc_health.v1 import health_pb2
@@ -346,7 +347,10 @@ def test_watched_is_what_one_serves_and_everything_by_those_who_see_all(
         assert {cookie for _, cookie in told} == {own}
 
 
-def test_no_connection_of_others_can_be_told_from_one_that_does_not_exist(place: Place) -> None:
+@pytest.mark.parametrize("question", QUESTIONS, ids=lambda each: each.method)
+def test_no_connection_of_others_can_be_told_from_one_that_does_not_exist(
+    place: Place, question: Question
+) -> None:
     there, client = place.server_end, place.client_end
     gone = place.actor(CAROL)
     listening = gone(steps.bind, V4, 0, ())
@@ -361,7 +365,7 @@ def test_no_connection_of_others_can_be_told_from_one_that_does_not_exist(place:
         socket_cookie=there.socket_cookie, local=retired.local, remote=retired.remote
     )
     nowhere = pb.Endpoint(address="127.0.0.1", port=1)
-    questions = [
+    asked = [
         pb.ConnectionKey(socket_cookie=ABSENT),
         pb.ConnectionKey(socket_cookie=there.socket_cookie),
         pb.ConnectionKey(socket_cookie=client.socket_cookie),
@@ -376,12 +380,16 @@ def test_no_connection_of_others_can_be_told_from_one_that_does_not_exist(place:
         pb.ConnectionKey(local=retired.local, remote=retired.remote),
     ]
     assert place.lookup(ROOT, disagreeing).code == "INVALID_ARGUMENT"
-    assert "closed since" in place.lookup(ROOT, questions[-2]).text
+    assert "closed since" in place.lookup(ROOT, asked[-2]).text
 
-    replies = [place.lookup(STRANGER, key) for key in questions]
+    answers = [question.ask(place.askers[STRANGER], key) for key in asked]
 
-    assert replies == [replies[0]] * len(questions)
-    assert replies[0].code == "NOT_FOUND"
+    assert answers == [answers[0]] * len(asked)
+    assert isinstance(answers[0], Status)
+    assert answers[0].code == code_pb2.NOT_FOUND
+    if question.method == "Lookup":
+        replies = [place.lookup(STRANGER, key) for key in asked]
+        assert replies == [replies[0]] * len(asked)
 
 
 def test_an_address_of_another_host_is_no_secret_and_betrays_no_cookie(place: Place) -> None:

@@ -327,7 +327,6 @@ def test_an_unmounted_bpffs_is_told_and_a_mounted_one_is_used(hook_set: str, mou
             get_pinned(place.pin_dir / pins.CAPTURE / pins.MAPS / "connections")
 
 
-@pytest.mark.hook_sets("cgroup")
 def test_a_removed_cgroup_is_told_with_what_mends_it(hook_set: str) -> None:
     with ExitStack() as resources:
         cgroup = Cgroup()
@@ -341,6 +340,8 @@ def test_a_removed_cgroup_is_told_with_what_mends_it(hook_set: str) -> None:
         (problem,) = client.status().problems
         assert f"{cgroup.path} was removed: restart peercredd" in problem
         wait_until(problem, daemon)
+        with pytest.raises(peercred.Unavailable, match="capture is not in place"):
+            client.lookup_tuple(("127.0.0.1", 1), ("127.0.0.1", 2))
 
 
 def test_a_server_that_cannot_start_is_tried_again(place: Place) -> None:
