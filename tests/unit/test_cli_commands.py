@@ -8,8 +8,9 @@ import struct
 import subprocess
 import sys
 import termios
+import time
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from google.rpc import code_pb2
 
 from harness.canned_daemon import CannedDaemon, failure
 from harness.cli import Peercred, finish
+from harness.patience import patient
 from peercred.v1 import peer_credentials_pb2 as pb
 
 HOSTILE = b"\x1b]0;pwned\x07[red]\n\xff\xe2\x80\xae"
@@ -623,15 +625,28 @@ def test_watch_as_json_is_a_document_for_each_event(
     assert documents[-1]["error"]["code"] == "unavailable"
 
 
-def test_watch_shows_on_a_terminal_what_is_there(peercred: Peercred, canned: CannedDaemon) -> None:
-    canned.watched = watched()[:2]
+@pytest.mark.parametrize(
+    ("events", "head"),
+    [
+        (2, b"1 connections, 0 established since the start"),
+        (3, b"1 connections, 1 established since the start"),
+        (4, b"1 connections, 1 established since the start, 3 missed"),
+    ],
+    ids=["present", "one came and one went", "missed"],
+)
+def test_watch_shows_on_a_terminal_what_is_there(
+    peercred: Peercred, canned: CannedDaemon, events: int, head: bytes
+) -> None:
+    canned.watched = watched()[:events]
     canned.release.clear()
     outside, inside = pty.openpty()
     fcntl.ioctl(inside, termios.TIOCSWINSZ, struct.pack("4H", 24, 120, 0, 0))
-    with peercred.start("watch", output=inside) as process:
+    with peercred.start("watch", output=inside) as process, ExitStack() as undo:
+        undo.callback(process.kill)
         os.close(inside)
-        shown = b""
-        while b"1 connections" not in shown or b"root" not in shown:
+        shown, give_up = b"", time.monotonic() + patient(30)
+        while head not in shown or b"root" not in shown:
+            assert time.monotonic() < give_up, shown
             shown += os.read(outside, 65536)
         process.send_signal(signal.SIGINT)
         with suppress(OSError):  # EIO: the other end is closed
