@@ -11,7 +11,6 @@ of the daemon's sockets is; and what a call was admitted as it stays until its e
 
 from __future__ import annotations
 
-import asyncio
 import functools
 import os
 import stat
@@ -19,10 +18,11 @@ from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypeAlias
 from urllib.parse import unquote
 from weakref import WeakValueDictionary
 
+import grpc.aio
 from google.rpc import code_pb2
 
 from peercredd import encode, records
@@ -30,6 +30,8 @@ from peercredd.access import Caller, OwnView, Policy, Refusals, Refused
 from peercredd.records import V4_MAPPED
 from peercredd.service import PeerCredentialsService, RequestError
 from peercredd.store import Answer, Reason, Store
+
+Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 MAX_CALLS_PER_USER: Final = 64
 """Under way at the same time, of users who do not see all, besides `server.MAX_CALLS_UNSEEN`. With
@@ -260,11 +262,11 @@ class Admitted:
         self._service = service
         self._counted = counted
 
-    def begin(self) -> PeerCredentialsService:
-        """Return what answers a call, from within gRPC's task of it.
+    def begin(self, context: Context) -> PeerCredentialsService:
+        """Return what answers a call.
 
-        It is under way until that ends, with the answer written: who does not read makes
-        that wait, long after the answer was made.
+        It is under way until it is done for gRPC, with the answer written: who does not read
+        makes that wait, long after the answer was made.
 
         Raises:
             RequestError: its caller has as many calls under way as one may have.
@@ -275,12 +277,11 @@ class Admitted:
                     raise kind.one_too_many()
             for kind in self._counted:
                 kind.calls += 1
-            task = asyncio.current_task()
-            assert task
-            task.add_done_callback(self._end)
+            # The stubs say a class, and mean a Protocol.
+            context.add_done_callback(self._end)  # type: ignore[arg-type]
         return self._service
 
-    def _end(self, _: object) -> None:
+    def _end(self, _: Context) -> None:
         for kind in self._counted:
             kind.calls -= 1
 

@@ -459,10 +459,10 @@ def _unary(
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
             if gate.is_crowded:
-                service = gate.admit(context, False).begin()
+                service = gate.admit(context, False).begin(context)
                 return answer(service, await gate.received(data, context, request_type))
             request = await gate.received(data, context, request_type)
-            return answer(gate.admit(context, False).begin(), request)
+            return answer(gate.admit(context, False).begin(context), request)
         except Exception as error:
             await _abort(context, error)
 
@@ -494,7 +494,7 @@ def _merged(
 
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
         try:
-            service = gate.admit(context, False).begin()
+            service = gate.admit(context, False).begin(context)
             pages = method(service, await gate.received(data, context, request_type))
             with service.figures.timing(name):
                 # By protobuf's encoding, messages one after the other are one merged message.
@@ -515,7 +515,7 @@ def _server_stream(
     async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
             with gate.streams.one():
-                service = gate.admit(context, lists).begin()
+                service = gate.admit(context, lists).begin(context)
                 request = await gate.received(data, context, request_type)
                 async for response in method(service, request):
                     yield response.SerializeToString()
@@ -537,7 +537,7 @@ def _stream(
     async def handle(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
         try:
             with gate.streams.one():
-                service = gate.admit(context, False).begin()
+                service = gate.admit(context, False).begin(context)
                 async for response in method(service, decoded(messages)):
                     yield response.SerializeToString()
         except Exception as error:
