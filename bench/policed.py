@@ -17,7 +17,6 @@ import grpc.aio
 
 from bench.child import answer
 from peercredd.access import Policy
-from peercredd.callers import Admitted
 from peercredd.events import Events
 from peercredd.figures import Figures
 from peercredd.processes import Processes
@@ -47,7 +46,7 @@ async def _serve(pin_dir: Path, folder: str) -> None:
         service = functools.partial(
             PeerCredentialsService, processes=Processes(), daemon_pid=os.getpid(), figures=Figures()
         )
-        to_all = Admitted(service(store))
+        to_all = service(store)
         unasked = Gate(
             lambda _context, _lists: to_all,
             Places(MAX_OPEN_TCP_STREAMS),

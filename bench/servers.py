@@ -30,7 +30,6 @@ from bench.daemon import Daemon
 from bench.effort import Effort
 from bench.table import Row, Section, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd.callers import Admitted
 from peercredd.events import Events
 from peercredd.server import MAX_OPEN_STREAMS, OPTIONS, Gate, Places, handlers
 from peercredd.service import PeerCredentialsService
@@ -151,14 +150,13 @@ async def _serve_in_loop(
     async def empty(data: bytes, _: Any) -> bytes:
         return _empty(data)
 
-    admitted = Admitted(service)
     server = grpc.aio.server(
         handlers=[
             *handlers(
                 store,
                 hub,
                 Gate(
-                    lambda _context, _lists: admitted,
+                    lambda _context, _lists: service,
                     Places(MAX_OPEN_STREAMS),
                     counts_early=False,
                 ),

@@ -74,8 +74,10 @@ class _Remembered(NamedTuple):
     """Its tuple."""
     server: bytes
     """The cookie of the daemon's socket, which no other one ever has (sock_gen_cookie())."""
-    as_call: Admitted
-    as_list: Admitted
+    service: PeerCredentialsService
+    calls: tuple[_UnderWay, ...]
+    """What a call over it counts as; nothing if its user sees all."""
+    lists: tuple[_UnderWay, ...]
 
 
 class Callers:
@@ -98,21 +100,34 @@ class Callers:
         self._lists: WeakValueDictionary[int, _UnderWay] = WeakValueDictionary()
         self._remembered: dict[str, _Remembered] = {}
 
-    def admitted(self, peer: str, lists: bool) -> Admitted:
-        """Admit a call.
+    def begin(self, context: Context, lists: bool) -> PeerCredentialsService:
+        """Return what answers a call.
+
+        It is under way until it is done for gRPC, with the answer written: who does not read
+        makes that wait, long after the answer was made.
 
         Args:
-            peer: of the call's connection, as gRPC writes it.
+            context: of the call.
             lists: whether it is a ListConnections or a WatchConnections.
 
         Raises:
-            RequestError: the caller is not known.
+            RequestError: the caller is not known, or has as many calls under way as one may have.
         """
+        peer = context.peer()
         remembered = self._remembered.get(peer)
         # The table is asked for each call; but a socket's record always names the same client.
         if remembered is None or self.store.newest(remembered.key) != remembered.server:
             remembered = self._remember(peer)
-        return remembered.as_list if lists else remembered.as_call
+        kinds = remembered.lists if lists else remembered.calls
+        if kinds:
+            for kind in kinds:
+                if kind.calls >= kind.most:
+                    raise kind.one_too_many()
+            for kind in kinds:
+                kind.calls += 1
+            # The stubs say a class, and mean a Protocol.
+            context.add_done_callback(functools.partial(_end, kinds))  # type: ignore[arg-type]
+        return remembered.service
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
         self._refusals.count(Refused.CALLER_UNKNOWN, None)
@@ -199,8 +214,7 @@ class Callers:
         caller = records.credentials(record, records.CLIENT_OFFSET)
         access = self._policy.access(caller)
         if access.sees_all:
-            everything = Admitted(self._service(self.store, access))
-            remembered = _Remembered(key, server, everything, everything)
+            remembered = _Remembered(key, server, self._service(self.store, access), (), ())
         else:
             view = OwnView(
                 self.store,
@@ -208,10 +222,9 @@ class Callers:
                 self._refusals,
                 listener_details=access.listener_details,
             )
-            service = self._service(view, access)
             calls, lists = self._under_way(caller.euid)
             remembered = _Remembered(
-                key, server, Admitted(service, calls), Admitted(service, calls, lists)
+                key, server, self._service(view, access), (calls,), (calls, lists)
             )
         if len(self._remembered) >= _MOST_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
@@ -253,37 +266,9 @@ class _UnderWay:
         )
 
 
-class Admitted:
-    """Calls that may be answered, over one connection or all of a socket's."""
-
-    __slots__ = ("_counted", "_service")
-
-    def __init__(self, service: PeerCredentialsService, *counted: _UnderWay) -> None:
-        self._service = service
-        self._counted = counted
-
-    def begin(self, context: Context) -> PeerCredentialsService:
-        """Return what answers a call.
-
-        It is under way until it is done for gRPC, with the answer written: who does not read
-        makes that wait, long after the answer was made.
-
-        Raises:
-            RequestError: its caller has as many calls under way as one may have.
-        """
-        if self._counted:
-            for kind in self._counted:
-                if kind.calls >= kind.most:
-                    raise kind.one_too_many()
-            for kind in self._counted:
-                kind.calls += 1
-            # The stubs say a class, and mean a Protocol.
-            context.add_done_callback(self._end)  # type: ignore[arg-type]
-        return self._service
-
-    def _end(self, _: Context) -> None:
-        for kind in self._counted:
-            kind.calls -= 1
+def _end(kinds: tuple[_UnderWay, ...], _: Context) -> None:
+    for kind in kinds:
+        kind.calls -= 1
 
 
 def _endpoint(peer: str) -> _Peer:

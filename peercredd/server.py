@@ -30,7 +30,7 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd.access import Policy, Refusals, Refused
-from peercredd.callers import MAX_CONNECTIONS_PER_USER, Admitted, Callers
+from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers, Context
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
 from peercredd.listen import free_loopback_addresses, port_in_use
@@ -113,12 +113,11 @@ log = structlog.get_logger()
 
 _Request = TypeVar("_Request", bound=Message)
 _Response = TypeVar("_Response", bound=Message)
-_Context: TypeAlias = "grpc.aio.ServicerContext[bytes, bytes]"
 
 Service: TypeAlias = PeerCredentialsService
-Admit: TypeAlias = Callable[[_Context, bool], Admitted]
-"""Told whether it is a ListConnections or a WatchConnections. Raises RequestError for a caller who
-gets no answer."""
+Admit: TypeAlias = Callable[[Context, bool], Service]
+"""Returns what answers a call, told whether that is a ListConnections or a WatchConnections. Raises
+RequestError for a caller who gets no answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,9 +163,9 @@ async def serving(
     refusals = Refusals()
     max_connections, max_tcp_connections = _connections_with_descriptors()
     service = functools.partial(service, refusals=refusals)
-    for_members = Admitted(service(view))
+    for_members = service(view)
 
-    def everybody(_context: _Context, _lists: bool) -> Admitted:
+    def everybody(_context: Context, _lists: bool) -> Service:
         return for_members
 
     server = grpc.aio.server(
@@ -196,12 +195,9 @@ async def serving(
 
 
 def _listening_on_loopback(callers: Callers, hub: Hub, max_connections: int) -> grpc.aio.Server:
-    def known(context: _Context, lists: bool) -> Admitted:
-        return callers.admitted(context.peer(), lists)
-
     server = grpc.aio.server(
         handlers=handlers(
-            callers.store, hub, Gate(known, Places(MAX_OPEN_TCP_STREAMS), counts_early=True)
+            callers.store, hub, Gate(callers.begin, Places(MAX_OPEN_TCP_STREAMS), counts_early=True)
         ),
         options=(*TCP_OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
         maximum_concurrent_rpcs=MAX_CONCURRENT_TCP_CALLS,
@@ -330,7 +326,7 @@ class Gate:
     async def received(
         self,
         data: bytes | AsyncIterator[bytes],
-        context: _Context,
+        context: Context,
         request_type: type[_Request],
     ) -> _Request:
         """Decode the one message of a call, having waited for it where gRPC has not.
@@ -456,13 +452,13 @@ def _unary(
         with service.figures.timing(name):
             return method(service, request).SerializeToString()
 
-    async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
+    async def handle(data: bytes | AsyncIterator[bytes], context: Context) -> bytes:
         try:
             if gate.is_crowded:
-                service = gate.admit(context, False).begin(context)
+                service = gate.admit(context, False)
                 return answer(service, await gate.received(data, context, request_type))
             request = await gate.received(data, context, request_type)
-            return answer(gate.admit(context, False).begin(context), request)
+            return answer(gate.admit(context, False), request)
         except Exception as error:
             await _abort(context, error)
 
@@ -492,9 +488,9 @@ def _merged(
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
     name = _name(request_type)
 
-    async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> bytes:
+    async def handle(data: bytes | AsyncIterator[bytes], context: Context) -> bytes:
         try:
-            service = gate.admit(context, False).begin(context)
+            service = gate.admit(context, False)
             pages = method(service, await gate.received(data, context, request_type))
             with service.figures.timing(name):
                 # By protobuf's encoding, messages one after the other are one merged message.
@@ -512,10 +508,10 @@ def _server_stream(
     *,
     lists: bool = False,
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def handle(data: bytes | AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
+    async def handle(data: bytes | AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         try:
             with gate.streams.one():
-                service = gate.admit(context, lists).begin(context)
+                service = gate.admit(context, lists)
                 request = await gate.received(data, context, request_type)
                 async for response in method(service, request):
                     yield response.SerializeToString()
@@ -534,10 +530,10 @@ def _stream(
         async for data in messages:
             yield request_type.FromString(data)
 
-    async def handle(messages: AsyncIterator[bytes], context: _Context) -> AsyncIterator[bytes]:
+    async def handle(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         try:
             with gate.streams.one():
-                service = gate.admit(context, False).begin(context)
+                service = gate.admit(context, False)
                 async for response in method(service, decoded(messages)):
                     yield response.SerializeToString()
         except Exception as error:
@@ -546,7 +542,7 @@ def _stream(
     return grpc.stream_stream_rpc_method_handler(handle)
 
 
-async def _abort(context: _Context, error: Exception) -> NoReturn:
+async def _abort(context: Context, error: Exception) -> NoReturn:
     if isinstance(error, RequestError):
         status = error.status
     elif isinstance(error, DecodeError):

@@ -163,9 +163,6 @@ class Store:
     own_netns_cookie: int
     """SO_NETNS_COOKIE of the network namespace that this process is in."""
 
-    newest: Callable[[bytes], bytes | None]
-    """By a packed ``struct tuple`` the cookie, packed, of the newest server socket that has it."""
-
     def __init__(
         self,
         pin_dir: Path,
@@ -190,7 +187,6 @@ class Store:
             self._tables = {name: self._open(capture, name) for name in _RECORD_TABLES}
             self._connections = self._tables["connections"]
             self._by_tuple = self._tables["by_tuple"]
-            self.newest = self._by_tuple.lookup
             self._by_client = self._tables["by_client"]
             self._absences = self._open(capture, "absences")
             self._older = self._open(capture, "older")
@@ -251,6 +247,13 @@ class Store:
             if reason is not Reason.NEVER_SEEN:
                 break
         return reason
+
+    def newest(self, key: bytes) -> bytes | None:
+        """The cookie, packed, of the newest server socket that has a packed ``struct tuple``.
+
+        None if there is none.
+        """
+        return self._by_tuple.lookup(key)
 
     def record(self, server: bytes, key: bytes) -> bytes | None:
         """The ``struct connection`` of a server socket; None if it is not of that tuple now."""
@@ -362,23 +365,15 @@ class Store:
 
     def is_attached(self) -> bool:
         """Whether every program is in its place at this moment."""
-        return bool(self._links) and all(map(self._is_in_place, self._links))
+        return bool(self._links) and not self._lost()
 
     def problems(self) -> list[str]:
         """What keeps answers from being complete now: one line each, with what mends it."""
-        lost = [program for program in self._links if not self._is_in_place(program)]
-        cgroup = self._about["cgroup"]
-        by_ftrace = self._traced if self._cgroup_is_there() else ()
+        by_mend: dict[str, list[str]] = {}
+        for program, mend in self._lost().items():
+            by_mend.setdefault(mend, []).append(program)
         problems = [
-            f"not called: {', '.join(programs)}; {mend}"
-            for programs, mend in (
-                ([each for each in lost if each in by_ftrace], "sysctl kernel.ftrace_enabled=1"),
-                (
-                    [each for each in lost if each not in by_ftrace],
-                    f"somebody detached them, or {cgroup} was removed: restart peercredd",
-                ),
-            )
-            if programs
+            f"not called: {', '.join(programs)}; {mend}" for mend, programs in by_mend.items()
         ]
         if not self._links:
             problems.append("nothing is attached; restart peercredd")
@@ -386,22 +381,29 @@ class Store:
 
     def attachments(self) -> dict[str, Attachment]:
         """Each BPF program, whether it is in its place, and how often it ran."""
-        counting = _reads(self._statistics, b"1")
+        counting, lost = _reads(self._statistics, b"1"), self._lost()
         return {
             name: Attachment(
-                self._is_in_place(name),
+                name not in lost,
                 run_count(program) if counting else None,
                 missed_count(program),
             )
             for name, program in self._programs.items()
         }
 
-    def _is_in_place(self, program: str) -> bool:
-        if program in self._traced:
-            # Its link stays; but without ftrace the kernel does not call it, and of a cgroup
-            # that is gone it finds no socket.
-            return not _reads(self._ftrace, b"0") and self._cgroup_is_there()
-        return link_cgroup_id(self._links[program]) != 0
+    def _lost(self) -> dict[str, str]:
+        """Programs that the kernel does not call, or in vain, and what mends it."""
+        gone = f"somebody detached them, or {self._about['cgroup']} was removed: restart peercredd"
+        mend_of_traced = None
+        if self._traced and not self._cgroup_is_there():
+            mend_of_traced = gone
+        elif _reads(self._ftrace, b"0"):
+            mend_of_traced = "sysctl kernel.ftrace_enabled=1"
+        lost = {name: gone for name, link in self._links.items() if link_cgroup_id(link) == 0}
+        if mend_of_traced:
+            # Their links stay, whatever becomes of the cgroup.
+            lost.update((name, mend_of_traced) for name in self._links if name in self._traced)
+        return lost
 
     def _cgroup_is_there(self) -> bool:
         try:

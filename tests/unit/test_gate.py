@@ -16,7 +16,6 @@ from harness.memory_events import MemoryEvents
 from harness.memory_view import MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import server
-from peercredd.callers import Admitted
 from peercredd.server import Gate, Places
 from peercredd.service import PeerCredentialsService
 from peercredd.watching import Hub
@@ -32,11 +31,11 @@ def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
     address = f"unix:{tmp_path}/s"
     started: Future[Callable[[], object]] = Future()
     view = MemoryView(connection(10))
-    admitted = Admitted(PeerCredentialsService(view))
+    service = PeerCredentialsService(view)
 
     async def main() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        gate = Gate(lambda _context, _lists: admitted, Places(8), counts_early=True)
+        gate = Gate(lambda _context, _lists: service, Places(8), counts_early=True)
         served = grpc.aio.server(handlers=server.handlers(view, Hub(view, events), gate))
         served.add_insecure_port(address)
         await served.start()
