@@ -54,6 +54,15 @@ def keep_no_freed_blocks() -> None:
     ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _DEFAULT_MMAP_THRESHOLD)
 
 
+def give_back_freed_memory() -> None:
+    """Have glibc return what it holds between blocks that are in use: malloc_trim(3).
+
+    It returns by itself only what is freed last, and gRPC frees from many threads. Takes some 20
+    microseconds when there is nothing to return, and milliseconds for hundreds of megabytes.
+    """
+    ctypes.CDLL(None).malloc_trim(0)
+
+
 def give_back_code() -> None:
     """Unmap the pages of programs and libraries that only starting took: seven megabytes.
 

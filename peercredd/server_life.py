@@ -190,6 +190,7 @@ class _Life:
             if before and not now:
                 log.info("serving again")
             before = now
+            lean.give_back_freed_memory()
             writer.write(ALIVE)
         stop.set()
 
