@@ -11,13 +11,14 @@ of the daemon's sockets is; and what a call was admitted as it stays until its e
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
-import stat
+import struct
 from collections import Counter
-from collections.abc import Callable
-from contextlib import ExitStack, suppress
-from socket import AF_INET, AF_INET6, SHUT_RDWR, inet_pton, socket
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from socket import AF_INET, AF_INET6, IPPROTO_TCP, SHUT_RDWR, TCP_INFO, inet_pton, socket
 from typing import Final, NamedTuple, TypeAlias
 from urllib.parse import unquote
 from weakref import WeakValueDictionary
@@ -44,6 +45,12 @@ MAX_CONNECTIONS_PER_USER: Final = 64
 """Of users who do not see all: 20 KB each while idle. So many too are allowed to all together of
 whom there is no record."""
 
+_LEAST_SENT: Final = 1024 * 1024
+"""Bytes of one user. Whoever has sent less is not what the daemon's memory is full of."""
+
+_BYTES_RECEIVED: Final = 128
+"""Offset of tcpi_bytes_received in the kernel's struct tcp_info."""
+
 _MOST_REMEMBERED: Final = 256
 """Connections of callers: half a megabyte."""
 
@@ -65,6 +72,17 @@ class _Peer(NamedTuple):
 
     host: str
     port: int
+
+
+class _Open(NamedTuple):
+    """A connection of this process."""
+
+    established_time_ns: int
+    """0 if there is no record of it."""
+    peer: _Peer
+    descriptor: int
+    received: int
+    """Bytes, since it was made."""
 
 
 class _Remembered(NamedTuple):
@@ -150,45 +168,78 @@ class Callers:
         Returns:
             How many were closed by user; None for all of whom there is no record.
         """
-        surplus: dict[int | None, list[tuple[int, int, _Peer]]] = {}
+        return Counter(
+            {
+                uid: self._close(sorted(of_user)[MAX_CONNECTIONS_PER_USER:])
+                for uid, of_user in self._open().items()
+            }
+        )
+
+    def close_who_sent_most(self) -> tuple[int | None, int]:
+        """Close all connections of the user who has sent the most over those that are open.
+
+        None is closed where that is next to nothing. May run in a thread of its own.
+
+        Returns:
+            Whose, as `close_surplus` has it, and how many.
+        """
+        open_by_user = self._open()
+        sent = {
+            uid: sum(each.received for each in of_user) for uid, of_user in open_by_user.items()
+        }
+        most = max(sent, key=sent.__getitem__, default=None)
+        if sent.get(most, 0) < _LEAST_SENT:
+            return None, 0
+        return most, self._close(open_by_user[most])
+
+    def _open(self) -> dict[int | None, list[_Open]]:
+        """The connections of users who do not see all."""
+        clients = []
         for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - there may be thousands
-            if peer := self._peer(int(name)):
-                found = self._connection(*peer)
-                if not isinstance(found, Answer):
-                    surplus.setdefault(None, []).append((0, int(name), peer))
-                elif not self._policy.access(found.peer).sees_all:
-                    of_user = surplus.setdefault(found.peer.euid, [])
-                    of_user.append((found.established_time_ns, int(name), peer))
-        closed: Counter[int | None] = Counter()
-        for uid, of_user in surplus.items():
-            of_user.sort()
-            for _, descriptor, peer in of_user[MAX_CONNECTIONS_PER_USER:]:
-                closed[uid] += self._peer(descriptor, to_be_closed=peer) == peer
+            with suppress(OSError), self._connected(int(name)) as (connection, peer):
+                info = connection.getsockopt(IPPROTO_TCP, TCP_INFO, _BYTES_RECEIVED + 8)
+                clients.append((peer, int(name), *struct.unpack_from("=Q", info, _BYTES_RECEIVED)))
+        found: dict[int | None, list[_Open]] = {}
+        for peer, *which in clients:
+            record = self._connection(*peer)
+            if not isinstance(record, Answer):
+                found.setdefault(None, []).append(_Open(0, peer, *which))
+            elif not self._policy.access(record.peer).sees_all:
+                found.setdefault(record.peer.euid, []).append(
+                    _Open(record.established_time_ns, peer, *which)
+                )
+        return found
+
+    def _close(self, connections: Iterable[_Open]) -> int:
+        """Shut them down, but for those that are gone; how many that were."""
+        closed = 0
+        for each in connections:
+            with suppress(OSError), self._connected(each.descriptor) as (connection, peer):
+                if peer == each.peer:
+                    connection.shutdown(SHUT_RDWR)
+                    closed += 1
         return closed
 
-    def _peer(self, descriptor: int, to_be_closed: _Peer | None = None) -> _Peer | None:
-        """Who is connected to the port over a descriptor of this process, if it is for that.
+    @contextmanager
+    def _connected(self, descriptor: int) -> Iterator[tuple[socket, _Peer]]:
+        """The connection to the port that is behind a descriptor of this process, and its client.
 
-        A connection whose peer is the one `to_be_closed` is shut down.
+        Raises:
+            OSError: nobody is connected to the port over it.
         """
-        with ExitStack() as opened, suppress(OSError):
+        with ExitStack() as opened:
             # A duplicate stays the same connection, whatever gRPC closes meanwhile.
             duplicate = os.dup(descriptor)
             opened.callback(os.close, duplicate)
-            if not stat.S_ISSOCK(os.fstat(duplicate).st_mode):
-                return None
             connection = socket(fileno=duplicate)
             opened.callback(connection.detach)
-            if connection.family not in (AF_INET, AF_INET6):
-                return None
-            if connection.getsockname()[1] != self.port:
-                return None
+            if (
+                connection.family not in (AF_INET, AF_INET6)
+                or connection.getsockname()[1] != self.port
+            ):
+                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
             host, port = connection.getpeername()[:2]  # one that listens has none
-            peer = _Peer(host.removeprefix("::ffff:"), port)
-            if peer == to_be_closed:
-                connection.shutdown(SHUT_RDWR)
-            return peer
-        return None
+            yield connection, _Peer(host.removeprefix("::ffff:"), port)
 
     def knows(self, host: str, port: int) -> bool:
         """Whether there is a record of a connection from that end to this port."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import re
+import resource
 import sys
 from contextlib import suppress
 from pathlib import Path
@@ -61,6 +62,12 @@ def give_back_freed_memory() -> None:
     microseconds when there is nothing to return, and milliseconds for hundreds of megabytes.
     """
     ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """Bytes that this process has in memory: proc_pid_statm(5)."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
 
 
 def give_back_code() -> None:

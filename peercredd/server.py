@@ -29,6 +29,7 @@ from grpc_health.v1 import health_pb2
 from grpc_reflection.v1alpha import reflection, reflection_pb2
 
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercredd import lean
 from peercredd.access import Policy, Refusals, Refused
 from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers, Context
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
@@ -71,7 +72,11 @@ MAX_TCP_CONNECTIONS: Final = 2048
 SPARE_DESCRIPTORS: Final = 256
 """What the daemon has open besides connections: maps, links, what it reads."""
 
-CLOSE_SURPLUS_SECONDS: Final = 1.0
+MAX_MEMORY: Final = 256 * 1024 * 1024
+"""Bytes of the server. Beyond it whoever has sent the most on loopback TCP is disconnected: gRPC
+keeps up to 20 MB for each connection of headers that do not end, and has no limit for them."""
+
+_DISCONNECT_SECONDS: Final = 1.0
 
 _CONNECTIONS_OPTION: Final = "grpc.max_allowed_incoming_connections"
 
@@ -182,7 +187,7 @@ async def serving(
     bound()
     tasks = [asyncio.create_task(_log_refusals(refusals))]
     if callers:
-        tasks.append(asyncio.create_task(_close_surplus(callers, refusals)))
+        tasks.append(asyncio.create_task(_disconnect(callers, refusals)))
     try:
         for each in servers:
             await each.start()
@@ -249,17 +254,29 @@ class Places:
             self._taken -= 1
 
 
-async def _close_surplus(callers: Callers, refusals: Refusals) -> None:
+async def _disconnect(callers: Callers, refusals: Refusals) -> None:
+    """Close what connections there are too many of, and those that take too much memory."""
     while True:
-        await asyncio.sleep(CLOSE_SURPLUS_SECONDS)
+        await asyncio.sleep(_DISCONNECT_SECONDS)
         try:
             # With so few descriptors nobody has too many.
             if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
                 closed = await asyncio.to_thread(callers.close_surplus)
                 for uid, times in closed.items():
                     refusals.count(Refused.TOO_MANY_CONNECTIONS, uid, times)
+            if _has_too_much_in_memory():
+                uid, times = await asyncio.to_thread(callers.close_who_sent_most)
+                refusals.count(Refused.TOO_MUCH_SENT, uid, times)
         except OSError as error:
-            log.warning("surplus connections stay for now", reason=error.strerror)
+            log.warning("callers who take too much stay connected for now", reason=error.strerror)
+
+
+def _has_too_much_in_memory() -> bool:
+    if lean.resident_memory() <= MAX_MEMORY:
+        return False
+    # Of what is free, and was not returned yet, nobody is the cause.
+    lean.give_back_freed_memory()
+    return lean.resident_memory() > MAX_MEMORY
 
 
 def _warn_if_blind(callers: Callers) -> None:

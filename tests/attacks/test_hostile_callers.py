@@ -1,42 +1,43 @@
 """Callers that want the daemon for themselves, or its memory.
 
-They may open the unix socket, so they are of the service's group. Whatever they do, the daemon
-answers the others, and takes no more memory than its limits allow.
+Over the unix socket they are of the service's group; on loopback TCP they are anybody. Whatever
+they do, the daemon answers the others, and takes no more memory than its limits allow.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import random
-import select
-import socket
+import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import NamedTuple
 
-import grpc
 import psutil
 import pytest
 
-from harness import raw_http2, steps
-from harness.actors import Origin
+from harness import caller, hostile, raw_http2, steps
+from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
+from harness.channel import Descriptor
 from harness.daemon import Daemon
+from harness.netns import NetworkNamespace
 from harness.patience import patient
-from harness.raw_http2 import CONTINUATION, DATA, HEADERS, PING, RST_STREAM, SETTINGS, frame
+from harness.raw_http2 import Address
 from harness.routes import V4
-from harness.users import ALICE, SERVICE
+from harness.users import ALICE, BOB, CAROL
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
-from peercredd import server
+from peercredd import callers, server
 
 pytestmark = pytest.mark.kernel
 
-OPTIONS = dict(server.OPTIONS)
-LARGEST_MESSAGE = int(OPTIONS["grpc.max_receive_message_length"])
-STREAMS = int(OPTIONS["grpc.max_concurrent_streams"])
+PROJECT = Path(__file__).parents[2]
+PORT = 338
+TCP = f"ipv4:127.0.0.1:{PORT}"
+API = "/peercred.v1.PeerCredentials"
+LARGEST_MESSAGE = int(dict(server.OPTIONS)["grpc.max_receive_message_length"])
 WINDOW = 65_535
 """What HTTP/2 lets a peer send, on a connection, before it was read (RFC 9113, 6.9.2)."""
 KEPT = 16 << 20
@@ -44,32 +45,98 @@ KEPT = 16 << 20
 SLACK = 32 << 20
 """What the first calls of a kind load, and the allocator keeps."""
 RECORDS = 2000
+FLOODS = 2000
+"""Calls, more than there may be on either transport."""
 CALL_SECONDS = patient(30)
+FLOOD_SECONDS = patient(120)
 CLOSE_SECONDS = patient(30)
 
 
-class Target:
-    """A daemon with many records, and one socket among them to ask about."""
+class Place:
+    """A network namespace with a daemon that has many records, and those who call it."""
 
-    def __init__(self, daemon: Daemon, server_pid: int, cookie: int) -> None:
-        self.daemon = daemon
-        self._cookie = cookie
-        self._process = psutil.Process(server_pid)
+    def __init__(self, undo: ExitStack) -> None:
+        self._undo = undo
+        cgroup = undo.enter_context(Cgroup())
+        namespace = undo.enter_context(NetworkNamespace())
+        self.daemon = undo.enter_context(
+            Daemon(cgroup, "cgroup", tcp_port=PORT, namespace=namespace)
+        )
+        self._ready = undo.enter_context(closing(undo.enter_context(Origin(cgroup)).actor()))
+        self._ready(steps.enter_network_namespace, Descriptor(namespace.fd))
+        self._ready(caller.prepare, [str(PROJECT), str(PROJECT / "clients"), *sys.path])
+        alice = self.actor(ALICE)
+        # What the attackers may list, and what the others ask about.
+        alice(steps.connect_many, self._listen(CAROL), RECORDS, "silent")
+        alice(steps.connect_many, self._listen(BOB), 1, "silent")
+        with self.daemon.client() as client:
+            (self.cookie,) = (
+                each.server_socket_cookie
+                for each in client.connections()
+                if each.listener.uid == BOB
+            )
+            self.server = psutil.Process(client.status().server_pid)
+
+    def _listen(self, uid: int) -> object:
+        listener = self.actor(uid)
+        fds = listener(steps.bind, V4)
+        listener(steps.listen, fds, 2 * RECORDS)
+        return listener(steps.addresses, fds, V4).tcp
+
+    def actor(self, uid: int) -> Actor:
+        actor = self._undo.enter_context(closing(self._ready.fork()))
+        if uid:
+            actor(steps.become, uid)
+        return actor
+
+    def refused(self, reason: str) -> int:
+        with self.daemon.client() as client:
+            return next(each.count for each in client.status().refusals if each.reason == reason)
+
+
+class Transport(NamedTuple):
+    """How callers reach the daemon, and what it takes there."""
+
+    address: Address
+    target: str
+    """The same, as gRPC has it."""
+    calls: int
+    """Under way, at most, of one user."""
+    streams: int
+    """Of these."""
+    streams_per_connection: int
+
+
+class Target:
+    """The daemon on one transport: who attacks it there, and another who asks."""
+
+    def __init__(self, place: Place, transport: Transport, attacker: Actor, other: Actor) -> None:
+        self.daemon = place.daemon
+        self.transport = transport
+        self.attacker = attacker
+        self._other = other
+        self._cookie = place.cookie
+        self._server = place.server
 
     def memory(self) -> int:
-        """Bytes that its server has in memory."""
-        return int(self._process.memory_info().rss)
+        """Bytes that the server has in memory."""
+        return int(self._server.memory_info().rss)
 
     def descriptors(self) -> int:
-        """How many its server has open."""
-        return int(self._process.num_fds())
+        """How many the server has open."""
+        return int(self._server.num_fds())
 
     def answers(self) -> bool:
         """Whether a caller who comes now is answered, and right."""
-        with channel(self.daemon) as other:
-            request = pb.LookupRequest(key=pb.ConnectionKey(socket_cookie=self._cookie))
-            found = PeerCredentialsStub(other).Lookup(request, timeout=CALL_SECONDS)
-            return found.peer.uid == ALICE
+        request = pb.LookupRequest(key=pb.ConnectionKey(socket_cookie=self._cookie))
+        answer = self._other(
+            hostile.ask,
+            self.transport.target,
+            f"{API}/Lookup",
+            request.SerializeToString(),
+            CALL_SECONDS,
+        )
+        return pb.LookupResponse.FromString(answer).peer.uid == ALICE
 
     def wait_until_given_back(self, memory: int) -> None:
         """Wait until it has no more in memory than that."""
@@ -86,213 +153,183 @@ class Target:
             os.sched_yield()
 
 
-@contextmanager
-def channel(daemon: Daemon) -> Iterator[grpc.Channel]:
-    """A connection of its own: channels to one address share one unless told otherwise."""
-    options = [("grpc.use_local_subchannel_pool", 1)]
-    with grpc.insecure_channel(daemon.address, options=options) as made:
-        yield made
-
-
 @pytest.fixture(scope="module")
-def target() -> Iterator[Target]:
-    with (
-        Cgroup() as cgroup,
-        Daemon(cgroup, "cgroup") as daemon,
-        Origin(cgroup) as origin,
-        daemon.client() as client,
-        ExitStack() as actors,
-    ):
-        service, alice = origin.actor(), origin.actor()
-        actors.callback(service.close)
-        actors.callback(alice.close)
-        service(steps.become, SERVICE)
-        alice(steps.become, ALICE)
-        fds = service(steps.bind, V4)
-        service(steps.listen, fds, 2 * RECORDS)
-        alice(steps.connect_many, service(steps.addresses, fds, V4).tcp, RECORDS, "silent")
-        cookie = next(iter(client.connections())).server_socket_cookie
-        yield Target(daemon, client.status().server_pid, cookie)
+def place() -> Iterator[Place]:
+    with ExitStack() as undo:
+        yield Place(undo)
+
+
+@pytest.fixture(scope="module", params=["unix", "tcp"])
+def target(place: Place, request: pytest.FixtureRequest) -> Target:
+    if request.param == "unix":
+        transport = Transport(
+            place.daemon.socket,
+            place.daemon.address,
+            calls=server.MAX_CONCURRENT_CALLS,
+            streams=server.MAX_OPEN_STREAMS,
+            streams_per_connection=int(dict(server.OPTIONS)["grpc.max_concurrent_streams"]),
+        )
+        return Target(place, transport, place.actor(0), place.actor(0))
+    transport = Transport(
+        ("127.0.0.1", PORT),
+        TCP,
+        calls=callers.MAX_CALLS_PER_USER + server.MAX_CALLS_UNSEEN,
+        streams=callers.MAX_CALLS_PER_USER + server.MAX_CALLS_UNSEEN,
+        streams_per_connection=int(dict(server.TCP_OPTIONS)["grpc.max_concurrent_streams"]),
+    )
+    return Target(place, transport, place.actor(CAROL), place.actor(BOB))
 
 
 @pytest.fixture
-def bounded(target: Target) -> Iterator[Callable[..., None]]:
+def attacker(target: Target) -> Iterator[Actor]:
+    """Who attacks; what that leaves open is closed at the end, and the memory given back."""
+    before = target.memory()
+    yield target.attacker
+    target.attacker(hostile.let_go)
+    assert target.answers()
+    target.wait_until_given_back(before + KEPT)
+
+
+@pytest.fixture
+def bounded(target: Target) -> Callable[..., None]:
     """Check that so many connections and calls have cost no more than the limits allow."""
     before = target.memory()
 
     def check(connections: int, calls: int, held: int = WINDOW) -> None:
-        calls = min(calls, server.MAX_CONCURRENT_CALLS)
+        calls = min(calls, target.transport.calls)
         allowed = SLACK + calls * LARGEST_MESSAGE + connections * held
         grown = target.memory() - before
         assert grown <= allowed, f"{grown >> 20} MiB more, of {allowed >> 20} MiB"
 
-    yield check
-    assert target.answers()
-    target.wait_until_given_back(before + KEPT)
+    return check
 
 
 @pytest.mark.parametrize(
     "greeting", [b"", raw_http2.GREETING, b"GET / HTTP/1.1\r\n"], ids=["silent", "http2", "http1"]
 )
 def test_a_thousand_idle_connections_keep_nobody_out(
-    target: Target, bounded: Callable[..., None], greeting: bytes
+    target: Target, attacker: Actor, bounded: Callable[..., None], greeting: bytes
 ) -> None:
     before = target.descriptors()
-    with ExitStack() as flood:
-        for _ in range(1000):
-            with suppress(ConnectionError):
-                flood.enter_context(raw_http2.dial(target.daemon.socket, greeting))
-        assert target.answers()
-        bounded(1000, 0)
+    attacker(hostile.be_idle, target.transport.address, 1000, greeting)
+
+    assert target.answers()
+    bounded(1000, 0)
+    attacker(hostile.let_go)
     target.wait_until_closed(before)
 
 
 def test_two_thousand_lists_that_are_not_read_keep_nobody_out(
-    target: Target, bounded: Callable[..., None]
+    target: Target, attacker: Actor, bounded: Callable[..., None]
 ) -> None:
-    with ExitStack() as flood:
-        begun = []
-        for _ in range(2000 // 100):
-            stub = PeerCredentialsStub(flood.enter_context(channel(target.daemon)))
-            begun += [stub.ListConnections(pb.ListConnectionsRequest()) for _ in range(100)]
-        # Refused, or answered as far as somebody reads.
-        for call in begun:
-            with suppress(grpc.RpcError):
-                next(call)
-        assert target.answers()
-        bounded(2000 // 100, len(begun))
-        # Nobody who asks once is kept from it by those who keep asking.
-        assert all(target.answers() for _ in range(20))
+    connections, lists = FLOODS // 100, 100
+    flood = attacker.start(
+        hostile.list_and_read_nothing, target.transport.target, connections, lists
+    )
+    flood.result(FLOOD_SECONDS)
+
+    assert target.answers()
+    bounded(connections, FLOODS)
+    # Nobody who asks once is kept from it by those who keep asking.
+    assert all(target.answers() for _ in range(20))
 
 
 def test_two_thousand_streams_that_stay_open_keep_nobody_out(
-    target: Target, bounded: Callable[..., None]
+    target: Target, attacker: Actor, bounded: Callable[..., None]
 ) -> None:
-    with ExitStack() as flood:
-        socks = [
-            flood.enter_context(raw_http2.dial(target.daemon.socket))
-            for _ in range(2048 // STREAMS)
-        ]
-        for sock in socks:
-            for number in range(STREAMS):
-                sock.sendall(raw_http2.call(1 + 2 * number, "LookupStream"))
-        # Half of a message each, which is never finished.
-        half = frame(DATA, 0, 1, b"\0" + (LARGEST_MESSAGE - 1).to_bytes(4, "big") + bytes(8000))
-        for sock in socks:
-            sock.sendall(half)
-        # More than it takes have come at once: until they are refused, others may be too.
-        surplus = 2048 - server.MAX_OPEN_STREAMS
-        raw_http2.wait_until_ended(socks, surplus, CALL_SECONDS)
-        assert all(target.answers() for _ in range(20))
-        bounded(len(socks), 2048)
+    transport = target.transport
+    connections = FLOODS // transport.streams_per_connection
+    opened = connections * transport.streams_per_connection
+    # More than it takes have come at once: until they are refused, others may be too.
+    flood = attacker.start(
+        hostile.open_streams,
+        transport.address,
+        connections,
+        transport.streams_per_connection,
+        LARGEST_MESSAGE - 1,
+        opened - transport.streams,
+        CALL_SECONDS,
+    )
+    flood.result(FLOOD_SECONDS)
+
+    assert all(target.answers() for _ in range(20))
+    bounded(connections, opened)
 
 
 def test_five_thousand_cancelled_streams_leave_nothing(
-    target: Target, bounded: Callable[..., None]
+    target: Target, attacker: Actor, bounded: Callable[..., None]
 ) -> None:
     before = target.descriptors()
-    with channel(target.daemon) as flood:
-        stub = PeerCredentialsStub(flood)
-        for number in range(5000):
-            call = stub.ListConnections(pb.ListConnectionsRequest())
-            if number % 2:
-                with suppress(grpc.RpcError):
-                    next(call)
-            call.cancel()
-        assert target.answers()
-        bounded(1, STREAMS)
+    attacker.start(hostile.cancel_streams, target.transport.target, 5000).result(FLOOD_SECONDS)
+
+    assert target.answers()
+    bounded(1, target.transport.streams_per_connection)
     target.wait_until_closed(before)
 
 
 def test_streams_opened_and_reset_at_once_leave_nothing(
-    target: Target, bounded: Callable[..., None]
+    target: Target, attacker: Actor, bounded: Callable[..., None]
 ) -> None:
     """The rapid reset of CVE-2023-44487."""
     before = target.descriptors()
     for _ in range(10):
-        with raw_http2.dial(target.daemon.socket) as sock, suppress(ConnectionError):
-            for number in range(2000):
-                stream = 1 + 2 * number
-                reset = frame(RST_STREAM, 0, stream, (8).to_bytes(4, "big"))
-                sock.sendall(raw_http2.call(stream, "ListConnections") + reset)
-                drain(sock)
+        attacker(hostile.reset_streams, target.transport.address, 2000)
         assert target.answers()
-    bounded(10, STREAMS)
+    bounded(10, target.transport.streams_per_connection)
     target.wait_until_closed(before)
 
 
 def test_half_closed_connections_keep_nobody_out_and_go_with_their_callers(
-    target: Target, bounded: Callable[..., None]
+    target: Target, attacker: Actor, bounded: Callable[..., None]
 ) -> None:
     before = target.descriptors()
-    with ExitStack() as flood:
-        for number in range(500):
-            sock = flood.enter_context(raw_http2.dial(target.daemon.socket))
-            sock.sendall(raw_http2.call(1, "Lookup") if number % 2 else b"")
-            with suppress(OSError):
-                sock.shutdown(socket.SHUT_WR if number % 3 else socket.SHUT_RD)
-        assert target.answers()
-        bounded(500, 500)
+    attacker(hostile.half_close, target.transport.address, 500)
+
+    assert target.answers()
+    bounded(500, 500)
+    attacker(hostile.let_go)
     target.wait_until_closed(before)
 
 
-RANDOM = random.Random(0).randbytes(1 << 16)
-GARBAGE = {
-    "random frames": b"".join(
-        frame(RANDOM[i], RANDOM[i + 1], i % 7, RANDOM[i : i + 100]) for i in range(0, 8000, 4)
-    ),
-    "a frame too long": frame(DATA, 0, 1, bytes(1 << 20)),
-    "pings": frame(PING, 0, 0, bytes(8)) * 5000,
-    "settings": frame(SETTINGS, 0, 0, b"\0\4\0\0\xff\xff") * 5000,
-    "headers without end": frame(HEADERS, 0, 1, raw_http2.field("a", "b" * 100))
-    + frame(CONTINUATION, 0, 1, raw_http2.field("a", "b" * 100) * 100) * 200,
-    "headers too long": frame(HEADERS, 4, 1, raw_http2.field("a", "b" * 100) * 150),
-    "a message of 4 GiB": raw_http2.call(1, "Lookup")
-    + frame(DATA, 0, 1, b"\0\xff\xff\xff\xff" + bytes(16_000)),
-    "a message that is compressed, it says": raw_http2.call(1, "Lookup")
-    + frame(DATA, 1, 1, b"\1\0\0\0\4" + bytes(4)),
-    "a path of garbage": raw_http2.call(1, "\x00\xff\n"),
-    "data of no stream": frame(DATA, 0, 99, bytes(100)) * 1000,
-}
-
-
-@pytest.mark.parametrize("name", GARBAGE)
+@pytest.mark.parametrize("name", hostile.GARBAGE)
 def test_garbage_in_the_place_of_frames_harms_nobody(
-    target: Target, bounded: Callable[..., None], name: str
+    target: Target, attacker: Actor, bounded: Callable[..., None], name: str
 ) -> None:
     before = target.descriptors()
     logged = target.daemon.log()
-    with ExitStack() as flood:
-        for _ in range(20):
-            sock = flood.enter_context(raw_http2.dial(target.daemon.socket))
-            sock.setblocking(False)
-            left = memoryview(GARBAGE[name])
-            # The daemon need not read it all.
-            with suppress(OSError):
-                while left:
-                    left = left[sock.send(left) :]
-                    drain(sock)
-        assert target.answers()
-        # gRPC keeps headers as long as they do not end: docs/threat-model.md.
-        bounded(20, 20, len(GARBAGE[name]) if name == "headers without end" else WINDOW)
+    size = attacker(hostile.send_garbage, target.transport.address, name, 20)
+
+    assert target.answers()
+    # gRPC keeps headers as long as they do not end: docs/threat-model.md.
+    bounded(20, 20, size if name == "headers without end" else WINDOW)
+    attacker(hostile.let_go)
     target.wait_until_closed(before)
     for line in target.daemon.log().removeprefix(logged).splitlines():
         assert json.loads(line)["level"] != "error"
 
 
+def test_headers_that_do_not_end_cost_who_sends_them_the_connections_and_nobody_else(
+    place: Place,
+) -> None:
+    attacker, other = place.actor(CAROL), place.actor(ALICE)
+    assert other(caller.call, TCP, f"{API}/WhoAmI", b"").code == "OK"
+    port = other(caller.port_of_connection, PORT)
+    refused = place.refused("TOO_MUCH_SENT")
+    connections = callers.MAX_CONNECTIONS_PER_USER
+    flood = attacker.start(hostile.send_headers_until_closed, ("127.0.0.1", PORT), connections)
+    give_up = time.monotonic() + FLOOD_SECONDS
+    while place.refused("TOO_MUCH_SENT") < refused + connections:
+        assert other(caller.call, TCP, f"{API}/WhoAmI", b"").code == "OK"
+        assert time.monotonic() < give_up
+
+    flood.result(FLOOD_SECONDS)
+    assert other(caller.port_of_connection, PORT) == port
+
+
 def test_a_caller_that_is_killed_in_the_middle_of_each_kind_of_call_leaves_nothing(
-    target: Target, tmp_path: Path
+    target: Target, attacker: Actor
 ) -> None:
     before = target.descriptors()
     for method in ("Lookup", "BatchLookup", "LookupStream", "ListConnections", "GetStatus"):
-        for _ in range(50):
-            with raw_http2.dial(target.daemon.socket) as sock:
-                sock.sendall(raw_http2.call(1, method) + frame(DATA, 0, 1, b"\0\0\0\1\0"))
+        attacker(hostile.break_off, target.transport.address, method, 50)
     target.wait_until_closed(before)
-    assert target.answers()
-
-
-def drain(sock: socket.socket) -> None:
-    """Read what has come, so that nothing waits for it."""
-    while select.select([sock], [], [], 0)[0] and sock.recv(65_536):
-        pass

@@ -69,15 +69,14 @@ def call(address: str, method: str, *requests: bytes, seconds: float = 60) -> Re
 
 def reset_connection(port: int) -> int:
     """Reset the one connection to that port; returns the port that it came from."""
-    import psutil
-
-    (connection,) = (
-        each
-        for each in psutil.Process().net_connections("tcp")
-        if each.raddr and each.raddr.port == port
-    )
+    connection = _connection(port)
     steps.disconnect(connection.fd)
     return int(connection.laddr.port)
+
+
+def port_of_connection(port: int) -> int:
+    """The port that the one connection to that port comes from."""
+    return int(_connection(port).laddr.port)
 
 
 def open_calls(address: str, method: str, count: int, *requests: bytes) -> list[str]:
@@ -233,6 +232,17 @@ def serve_as_the_daemon(address: str) -> int:
     server.start()
     _open_calls.append(server)
     return port
+
+
+def _connection(port: int) -> Any:
+    import psutil
+
+    (connection,) = (
+        each
+        for each in psutil.Process().net_connections("tcp")
+        if each.raddr and each.raddr.port == port
+    )
+    return connection
 
 
 def _channel(address: str) -> Any:

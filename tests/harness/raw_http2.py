@@ -6,7 +6,10 @@ import selectors
 import socket
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypeAlias
 
+Address: TypeAlias = Path | tuple[str, int]
+"""Of a unix socket, or of a port."""
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
 END_STREAM = 1
@@ -46,8 +49,8 @@ def call(stream: int, method: str) -> bytes:
     return frame(HEADERS, END_HEADERS, stream, fields)
 
 
-def dial(address: Path | tuple[str, int], greeting: bytes = GREETING) -> socket.socket:
-    """A connection to a unix socket or a port that has sent its greeting."""
+def dial(address: Address, greeting: bytes = GREETING) -> socket.socket:
+    """A connection that has sent its greeting."""
     if isinstance(address, Path):
         sock = socket.socket(socket.AF_UNIX)
         sock.connect(str(address))

@@ -244,6 +244,7 @@ def test_the_status_of_who_sees_all_has_the_refusals() -> None:
         "CALLER_UNKNOWN": 0,
         "TOO_MANY_CALLS": 1,
         "TOO_MANY_CONNECTIONS": 0,
+        "TOO_MUCH_SENT": 0,
     }
     assert all(each.description for each in status.refusals)
 

@@ -1,0 +1,196 @@
+"""What an actor does that wants a daemon for itself, or its memory: floods, over either transport.
+
+Each returns when the daemon has been sent all of it. What is left open stays so until `let_go`.
+"""
+
+from __future__ import annotations
+
+import random
+import select
+import socket
+from contextlib import suppress
+from typing import Any
+
+from harness import raw_http2
+from harness.raw_http2 import (
+    CONTINUATION,
+    DATA,
+    END_HEADERS,
+    END_STREAM,
+    HEADERS,
+    PING,
+    RST_STREAM,
+    SETTINGS,
+    Address,
+    frame,
+)
+
+_RANDOM = random.Random(0).randbytes(1 << 16)
+_HEADERS_WITHOUT_END = frame(HEADERS, 0, 1, raw_http2.field("a", "b" * 100))
+_AND_MORE = frame(CONTINUATION, 0, 1, raw_http2.field("a", "b" * 100) * 100)
+GARBAGE = {
+    "random frames": b"".join(
+        frame(_RANDOM[i], _RANDOM[i + 1], i % 7, _RANDOM[i : i + 100]) for i in range(0, 8000, 4)
+    ),
+    "a frame too long": frame(DATA, 0, 1, bytes(1 << 20)),
+    "pings": frame(PING, 0, 0, bytes(8)) * 5000,
+    "settings": frame(SETTINGS, 0, 0, b"\0\4\0\0\xff\xff") * 5000,
+    "headers without end": _HEADERS_WITHOUT_END + _AND_MORE * 200,
+    "headers too long": frame(HEADERS, END_HEADERS, 1, raw_http2.field("a", "b" * 100) * 150),
+    "a message of 4 GiB": raw_http2.call(1, "Lookup")
+    + frame(DATA, 0, 1, b"\0\xff\xff\xff\xff" + bytes(16_000)),
+    "a message that is compressed, it says": raw_http2.call(1, "Lookup")
+    + frame(DATA, END_STREAM, 1, b"\1\0\0\0\4" + bytes(4)),
+    "a path of garbage": raw_http2.call(1, "\x00\xff\n"),
+    "data of no stream": frame(DATA, 0, 99, bytes(100)) * 1000,
+}
+
+_open: list[Any] = []
+
+
+def let_go() -> None:
+    """Close what the floods have left open."""
+    for each in _open:
+        each.close()
+    _open.clear()
+
+
+def ask(target: str, method: str, request: bytes, seconds: float) -> bytes:
+    """Make one call over a connection of its own; raises RuntimeError where there is no answer."""
+    import grpc
+
+    with _channel(target) as own:
+        try:
+            return bytes(own.unary_unary(method)(request, timeout=seconds))
+        except grpc.RpcError as error:
+            raise RuntimeError(str(error)) from None
+
+
+def be_idle(address: Address, count: int, greeting: bytes) -> None:
+    """Make connections that say no more than that."""
+    for _ in range(count):
+        with suppress(ConnectionError):
+            _open.append(raw_http2.dial(address, greeting))
+
+
+def list_and_read_nothing(target: str, connections: int, lists: int) -> None:
+    """Ask for so many lists over each of so many connections; read of each what comes first."""
+    import grpc
+
+    begun = []
+    for _ in range(connections):
+        _open.append(_channel(target))
+        listing = _open[-1].unary_stream(_LIST)
+        begun += [listing(b"") for _ in range(lists)]
+    for call in begun:
+        with suppress(grpc.RpcError):
+            next(call)
+
+
+def open_streams(
+    address: Address, connections: int, streams: int, size: int, refused: int, seconds: float
+) -> None:
+    """Open so many streams over each of so many connections.
+
+    On one of each comes a part of a message of `size` bytes, which is never finished. Returns when
+    so many of them have been refused.
+    """
+    socks = [raw_http2.dial(address) for _ in range(connections)]
+    _open.extend(socks)
+    for sock in socks:
+        for number in range(streams):
+            sock.sendall(raw_http2.call(1 + 2 * number, "LookupStream"))
+    part = frame(DATA, 0, 1, b"\0" + size.to_bytes(4, "big") + bytes(8000))
+    for sock in socks:
+        sock.sendall(part)
+    raw_http2.wait_until_ended(socks, refused, seconds)
+
+
+def cancel_streams(target: str, count: int) -> None:
+    """Ask for lists and cancel them, every other one after it has begun to come."""
+    import grpc
+
+    with _channel(target) as own:
+        listing = own.unary_stream(_LIST)
+        for number in range(count):
+            call = listing(b"")
+            if number % 2:
+                with suppress(grpc.RpcError):
+                    next(call)
+            call.cancel()
+
+
+def reset_streams(address: Address, count: int) -> None:
+    """Open streams over one connection and reset each at once."""
+    with raw_http2.dial(address) as sock, suppress(ConnectionError):
+        for stream in range(1, 2 * count, 2):
+            reset = frame(RST_STREAM, 0, stream, (8).to_bytes(4, "big"))
+            sock.sendall(raw_http2.call(stream, "ListConnections") + reset)
+            _drain(sock)
+
+
+def half_close(address: Address, count: int) -> None:
+    """Make connections of which one direction is shut down, some in the middle of a call."""
+    for number in range(count):
+        with suppress(OSError):
+            sock = raw_http2.dial(address)
+            _open.append(sock)
+            sock.sendall(raw_http2.call(1, "Lookup") if number % 2 else b"")
+            sock.shutdown(socket.SHUT_WR if number % 3 else socket.SHUT_RD)
+
+
+def send_garbage(address: Address, name: str, connections: int) -> int:
+    """Send one of GARBAGE, as far as the daemon reads it; returns how many bytes that is."""
+    for _ in range(connections):
+        sock = raw_http2.dial(address)
+        _open.append(sock)
+        sock.setblocking(False)
+        left = memoryview(GARBAGE[name])
+        with suppress(OSError):
+            while left:
+                left = left[sock.send(left) :]
+                _drain(sock)
+    return len(GARBAGE[name])
+
+
+def send_headers_until_closed(address: Address, connections: int) -> None:
+    """Send headers that do not end over so many connections, until all of them are closed."""
+    changes = select.poll()
+    socks, left = {}, {}
+    for _ in range(connections):
+        sock = raw_http2.dial(address, raw_http2.GREETING + _HEADERS_WITHOUT_END)
+        sock.setblocking(False)
+        socks[sock.fileno()], left[sock.fileno()] = sock, b""
+        changes.register(sock, select.POLLOUT | select.POLLRDHUP)
+    while socks:
+        for descriptor, change in changes.poll():
+            if change == select.POLLOUT:
+                with suppress(ConnectionError):
+                    data = left[descriptor] or _AND_MORE
+                    left[descriptor] = data[socks[descriptor].send(data) :]
+            else:
+                changes.unregister(descriptor)
+                socks.pop(descriptor).close()
+
+
+def break_off(address: Address, method: str, count: int) -> None:
+    """Begin calls with a part of a message each, and be gone."""
+    for _ in range(count):
+        with raw_http2.dial(address) as sock:
+            sock.sendall(raw_http2.call(1, method) + frame(DATA, 0, 1, b"\0\0\0\1\0"))
+
+
+_LIST = "/peercred.v1.PeerCredentials/ListConnections"
+
+
+def _channel(target: str) -> Any:
+    """A connection of its own: channels to one target share one unless told otherwise."""
+    import grpc
+
+    return grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+
+
+def _drain(sock: socket.socket) -> None:
+    """Read what has come, so that nothing waits for it."""
+    while select.select([sock], [], [], 0)[0] and sock.recv(65_536):
+        pass
