@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ from harness.so_peercred import Credentials
 _NOT_THE_LAST, _THE_LAST = b".", b"!"
 
 
-def connect_until(ended: str, target: Any) -> int:
-    """Connect again and again, until there is such a file; returns how often."""
+def connect_until(ended: str, target: Any, pause_seconds: float) -> int:
+    """Connect again and again, with pauses, until there is such a file; returns how often."""
     count, last = 0, False
     while not last:
         last = Path(ended).exists()
@@ -22,6 +23,7 @@ def connect_until(ended: str, target: Any) -> int:
             client.sendall(_THE_LAST if last else _NOT_THE_LAST)
             client.recv(1)
         count += 1
+        time.sleep(pause_seconds)
     return count
 
 

@@ -23,11 +23,13 @@ from harness import programs, steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
+from harness.meanwhile import turning_over
 from harness.patience import CALL_SECONDS, patient
 from harness.routes import V4
+from harness.so_peercred import Credentials
 from harness.stage import Listener, Stage
 from harness.steps import Both
-from harness.users import ALICE, BOB, SERVICE
+from harness.users import ALICE, BOB, CAROL, SERVICE
 from peercredd import pins
 from peercredd.hooks import PROGRAMS
 from peercredd.libbpf import KernelError, get_pinned
@@ -145,7 +147,11 @@ def test_servers_are_killed_under_load_and_nothing_is_missed_wrong_or_attached_t
         alice, bob = stage.actor(ALICE), stage.actor(BOB)
         held = connected(stage, alice, service, listener)
         cookie = stage.answer(service, held.tcp).server_socket_cookie
-        with Load(daemon, cookie, (alice.pid, ALICE)) as load:
+        carol = stage.actor(CAROL)
+        with (
+            Load(daemon, cookie, (alice.pid, ALICE)) as load,
+            turning_over(stage.actor(SERVICE), carol) as told,
+        ):
             pid = server_pid(daemon)
             for number in range(ROUNDS):
                 client, uid = (alice, ALICE) if number % 2 else (bob, BOB)
@@ -160,6 +166,7 @@ def test_servers_are_killed_under_load_and_nothing_is_missed_wrong_or_attached_t
                 place.assert_attached_once()
         assert load.wrong == []
         assert load.right
+        assert set(told) == {Credentials(carol.pid, CAROL, CAROL)}
         log = daemon.log()
         assert log.count("the server has ended and is started again") == ROUNDS
     assert not place.pin_dir.exists()
@@ -198,17 +205,20 @@ def test_what_is_connected_while_all_are_dead_is_answered_by_the_next(
         service, alice, bob = (stage.actor(uid) for uid in (SERVICE, ALICE, BOB))
         listener = stage.listen(service, V4)
         held = []
-        for number in range(max(ROUNDS // 3, 2)):
-            client, uid = (alice, ALICE) if number % 2 else (bob, BOB)
-            server = server_pid(daemon)
-            held.append((connected(stage, client, service, listener), client.pid, uid))
-            kill(daemon, server)
-            held.append((connected(stage, client, service, listener), client.pid, uid))
-            daemon = place.daemon()
-            place.assert_attached_once()
-            stage.client = resources.enter_context(daemon.client())
-            for accepted, pid, asked in held:
-                assert stage.peer(service, accepted)[:2] == (pid, asked)
+        carol = stage.actor(CAROL)
+        with turning_over(stage.actor(SERVICE), carol) as told:
+            for number in range(max(ROUNDS // 3, 2)):
+                client, uid = (alice, ALICE) if number % 2 else (bob, BOB)
+                server = server_pid(daemon)
+                held.append((connected(stage, client, service, listener), client.pid, uid))
+                kill(daemon, server)
+                held.append((connected(stage, client, service, listener), client.pid, uid))
+                daemon = place.daemon()
+                place.assert_attached_once()
+                stage.client = resources.enter_context(daemon.client())
+                for accepted, pid, asked in held:
+                    assert stage.peer(service, accepted)[:2] == (pid, asked)
+        assert set(told) == {Credentials(carol.pid, CAROL, CAROL)}
         resources.enter_context(daemon)
         resources.enter_context(stage)
 

@@ -10,14 +10,14 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
-from harness import steps, turnover
+from harness import steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
+from harness.meanwhile import Told, turning_over
 from harness.place import Place
 from harness.routes import V4
 from harness.so_peercred import NOBODY, Credentials
@@ -136,22 +136,19 @@ def test_a_new_version_goes_on_with_every_record_and_records_by_itself(
 def test_while_a_new_version_takes_over_connections_are_told_as_before(
     place: Place, kept: Kept, newer: Path
 ) -> None:
-    service, alice, listener = kept.service, kept.alice, kept.listener
-    with TemporaryDirectory(prefix="peercredd-test-") as folder:
-        Path(folder).chmod(0o755)
-        ended = Path(folder) / "ended"
-        asking = service.start(turnover.ask_until_the_last, listener.fds.tcp)
-        connecting = alice.start(turnover.connect_until, str(ended), listener.addresses.tcp)
+    server, client = kept.stage.actor(SERVICE), kept.stage.actor(BOB)
+    with turning_over(server, client, pause_seconds=0) as told:
         kept.go_on_with(place.daemon(tree=newer))
-        ended.touch()
-        count, told = connecting.result(), asking.result()
+    assert_told(told, client, BOB, changes=1, hook_set=place.hook_set)
 
-    right = told.pop(Credentials(alice.pid, ALICE, ALICE))
+
+def assert_told(told: Told, client: Actor, uid: int, changes: int, hook_set: str) -> None:
+    """Each connection was this client's, whenever the programs changed."""
+    assert told.pop(Credentials(client.pid, uid, uid))
     missed = told.pop(NOBODY, 0)
     assert not told
-    assert right + missed == count
-    # What a tracing program does at the instant of the change may be left undone.
-    assert missed <= (place.hook_set == "trace")
+    # What a tracing program does at the instant of a change may be left undone.
+    assert missed <= (changes if hook_set == "trace" else 0)
 
 
 def test_other_limits_of_users_are_taken_over_with_the_records(place: Place, kept: Kept) -> None:
@@ -247,8 +244,10 @@ def test_a_loader_killed_at_any_step_of_a_takeover_loses_nothing(place: Place, k
     command = [sys.executable, "-c", KILLED_LOADER]
     command += [json.dumps(place.settings | {"max_percent_per_user": share})]
     accepted, statuses = [kept.accepted], []
+    server, client = kept.stage.actor(SERVICE), kept.stage.actor(BOB)
     with (
         pins.hold(place.pin_dir),
+        turning_over(server, client) as told,
         subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         ) as killing,
@@ -263,6 +262,7 @@ def test_a_loader_killed_at_any_step_of_a_takeover_loses_nothing(place: Place, k
     assert killing.returncode == 0
     assert statuses.pop() == 0
     assert len(statuses) > len(PROGRAMS[place.hook_set])
+    assert_told(told, client, BOB, changes=len(statuses), hook_set=place.hook_set)
 
     log = kept.go_on_with(place.daemon(f"--max-percent-per-user={share}"))
     assert '"capture": "found running"' in log
