@@ -73,7 +73,7 @@ class Place:
             (self.cookie,) = (
                 each.server_socket_cookie
                 for each in client.connections()
-                if each.listener.uid == BOB
+                if each.listener and each.listener.uid == BOB
             )
             self.server = psutil.Process(client.status().server_pid)
 
