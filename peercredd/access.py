@@ -103,8 +103,8 @@ _DESCRIPTIONS: Final = {
     Refused.CALLER_UNKNOWN: "calls over connections of which there is no record",
     Refused.TOO_MANY_CALLS: "calls of users who had as many under way as one may have",
     Refused.TOO_MANY_CONNECTIONS: "connections, closed, of users who had as many as one may have",
-    Refused.TOO_MUCH_SENT: "connections, closed, of users who had sent the most while the server "
-    "had more in memory than it may",
+    Refused.TOO_MUCH_SENT: "connections, closed, over which came what is no call, while the server "
+    "had too much in memory",
 }
 
 

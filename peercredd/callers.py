@@ -11,16 +11,10 @@ of the daemon's sockets is; and what a call was admitted as it stays until its e
 
 from __future__ import annotations
 
-import errno
 import functools
-import os
-import struct
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from socket import AF_INET, AF_INET6, IPPROTO_TCP, SHUT_RDWR, TCP_INFO, inet_pton, socket
+from collections.abc import Callable
+from socket import AF_INET, AF_INET6, inet_pton
 from typing import Final, NamedTuple, TypeAlias
-from urllib.parse import unquote
 from weakref import WeakValueDictionary
 
 import grpc.aio
@@ -28,6 +22,7 @@ from google.rpc import code_pb2
 
 from peercredd import encode, records
 from peercredd.access import Caller, OwnView, Policy, Refusals, Refused
+from peercredd.connections import Connections, Owner, Peer
 from peercredd.records import V4_MAPPED
 from peercredd.service import PeerCredentialsService, RequestError
 from peercredd.store import Answer, Reason, Store
@@ -40,16 +35,6 @@ a request of 256 KB in each a user makes the daemon hold 32 MB."""
 
 MAX_LISTS_PER_USER: Final = 2
 """Of these, ListConnections and WatchConnections: each reads every record there is."""
-
-MAX_CONNECTIONS_PER_USER: Final = 64
-"""Of users who do not see all: 20 KB each while idle. So many too are allowed to all together of
-whom there is no record."""
-
-_LEAST_SENT: Final = 1024 * 1024
-"""Bytes of one user. Whoever has sent less is not what the daemon's memory is full of."""
-
-_BYTES_RECEIVED: Final = 128
-"""Offset of tcpi_bytes_received in the kernel's struct tcp_info."""
 
 _MOST_REMEMBERED: Final = 256
 """Connections of callers: half a megabyte."""
@@ -65,24 +50,6 @@ _MENDS: Final = {
     "ask over the unix socket",
     Reason.RETIRED: "your connection has been closed; connect again",
 }
-
-
-class _Peer(NamedTuple):
-    """Address, as text, and port of a client."""
-
-    host: str
-    port: int
-
-
-class _Open(NamedTuple):
-    """A connection of this process."""
-
-    established_time_ns: int
-    """0 if there is no record of it."""
-    peer: _Peer
-    descriptor: int
-    received: int
-    """Bytes, since it was made."""
 
 
 class _Remembered(NamedTuple):
@@ -111,6 +78,7 @@ class Callers:
     ) -> None:
         self.store = store
         self.port = port
+        self.connections = Connections(port, self._owner)
         self._policy = policy
         self._refusals = refusals
         self._service = service
@@ -132,6 +100,7 @@ class Callers:
             RequestError: the caller is not known, or has as many calls under way as one may have.
         """
         peer = context.peer()
+        self.connections.heard(peer)
         remembered = self._remembered.get(peer)
         # The table is asked for each call; but a socket's record always names the same client.
         if remembered is None or self.store.newest(remembered.key) != remembered.server:
@@ -149,7 +118,7 @@ class Callers:
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
         self._refusals.count(Refused.CALLER_UNKNOWN, None)
-        absent = self._connection(*_endpoint(peer)) if is_tcp else Reason.NEVER_SEEN
+        absent = self._connection(*Peer.of(peer)) if is_tcp else Reason.NEVER_SEEN
         reason = absent if isinstance(absent, Reason) else Reason.NEVER_SEEN
         return RequestError(
             encode.error(
@@ -159,88 +128,6 @@ class Callers:
             )
         )
 
-    def close_surplus(self) -> Counter[int | None]:
-        """Close what a user has beyond MAX_CONNECTIONS_PER_USER, the newest first.
-
-        gRPC does not let anybody look at a connection when it comes. It finds these closed as
-        if their clients had. May run in a thread of its own.
-
-        Returns:
-            How many were closed by user; None for all of whom there is no record.
-        """
-        return Counter(
-            {
-                uid: self._close(sorted(of_user)[MAX_CONNECTIONS_PER_USER:])
-                for uid, of_user in self._open().items()
-            }
-        )
-
-    def close_who_sent_most(self) -> tuple[int | None, int]:
-        """Close all connections of the user who has sent the most over those that are open.
-
-        None is closed where that is next to nothing. May run in a thread of its own.
-
-        Returns:
-            Whose, as `close_surplus` has it, and how many.
-        """
-        open_by_user = self._open()
-        sent = {
-            uid: sum(each.received for each in of_user) for uid, of_user in open_by_user.items()
-        }
-        most = max(sent, key=sent.__getitem__, default=None)
-        if sent.get(most, 0) < _LEAST_SENT:
-            return None, 0
-        return most, self._close(open_by_user[most])
-
-    def _open(self) -> dict[int | None, list[_Open]]:
-        """The connections of users who do not see all."""
-        clients = []
-        for name in os.listdir("/proc/self/fd"):  # noqa: PTH208 - there may be thousands
-            with suppress(OSError), self._connected(int(name)) as (connection, peer):
-                info = connection.getsockopt(IPPROTO_TCP, TCP_INFO, _BYTES_RECEIVED + 8)
-                clients.append((peer, int(name), *struct.unpack_from("=Q", info, _BYTES_RECEIVED)))
-        found: dict[int | None, list[_Open]] = {}
-        for peer, *which in clients:
-            record = self._connection(*peer)
-            if not isinstance(record, Answer):
-                found.setdefault(None, []).append(_Open(0, peer, *which))
-            elif not self._policy.access(record.peer).sees_all:
-                found.setdefault(record.peer.euid, []).append(
-                    _Open(record.established_time_ns, peer, *which)
-                )
-        return found
-
-    def _close(self, connections: Iterable[_Open]) -> int:
-        """Shut them down, but for those that are gone; how many that were."""
-        closed = 0
-        for each in connections:
-            with suppress(OSError), self._connected(each.descriptor) as (connection, peer):
-                if peer == each.peer:
-                    connection.shutdown(SHUT_RDWR)
-                    closed += 1
-        return closed
-
-    @contextmanager
-    def _connected(self, descriptor: int) -> Iterator[tuple[socket, _Peer]]:
-        """The connection to the port that is behind a descriptor of this process, and its client.
-
-        Raises:
-            OSError: nobody is connected to the port over it.
-        """
-        with ExitStack() as opened:
-            # A duplicate stays the same connection, whatever gRPC closes meanwhile.
-            duplicate = os.dup(descriptor)
-            opened.callback(os.close, duplicate)
-            connection = socket(fileno=duplicate)
-            opened.callback(connection.detach)
-            if (
-                connection.family not in (AF_INET, AF_INET6)
-                or connection.getsockname()[1] != self.port
-            ):
-                raise OSError(errno.ENOTCONN, os.strerror(errno.ENOTCONN))
-            host, port = connection.getpeername()[:2]  # one that listens has none
-            yield connection, _Peer(host.removeprefix("::ffff:"), port)
-
     def knows(self, host: str, port: int) -> bool:
         """Whether there is a record of a connection from that end to this port."""
         return isinstance(self._connection(host, port), Answer)
@@ -249,7 +136,7 @@ class Callers:
         """The tuple of a call's connection; None if it is none over TCP."""
         if not peer.startswith(("ipv4:", "ipv6:")):
             return None
-        host, port = _endpoint(peer)
+        host, port = Peer.of(peer)
         here, there = _addresses(host)
         return records.TUPLE.pack(self.store.own_netns_cookie, there, here, port, self.port)
 
@@ -290,6 +177,13 @@ class Callers:
             self._lists.setdefault(uid, _UnderWay(MAX_LISTS_PER_USER, "lists or watches", refuse)),
         )
 
+    def _owner(self, peer: Peer) -> Owner | None:
+        found = self._connection(*peer)
+        if not isinstance(found, Answer):
+            return None
+        sees_all = self._policy.access(found.peer).sees_all
+        return Owner(found.peer.euid, sees_all, found.established_time_ns)
+
     def _connection(self, host: str, port: int) -> Answer | Reason:
         here, there = _addresses(host)
         return self.store.find_by_tuple(self.store.own_netns_cookie, here, self.port, there, port)
@@ -320,13 +214,6 @@ class _UnderWay:
 def _end(kinds: tuple[_UnderWay, ...], _: Context) -> None:
     for kind in kinds:
         kind.calls -= 1
-
-
-def _endpoint(peer: str) -> _Peer:
-    """Out of "ipv4:127.0.0.1:50000" or "ipv6:%5B::1%5D:50000"."""
-    _, _, endpoint = unquote(peer).partition(":")
-    host, _, port = endpoint.rpartition(":")
-    return _Peer(host.strip("[]"), int(port))
 
 
 def _addresses(host: str) -> tuple[bytes, bytes]:

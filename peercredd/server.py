@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 import resource
 import socket
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
@@ -31,7 +31,8 @@ from grpc_reflection.v1alpha import reflection, reflection_pb2
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercredd import lean
 from peercredd.access import Policy, Refusals, Refused
-from peercredd.callers import MAX_CONNECTIONS_PER_USER, Callers, Context
+from peercredd.callers import Callers, Context
+from peercredd.connections import Connections
 from peercredd.defaults import REFUSALS_LOG_SECONDS, STOP_GRACE_SECONDS
 from peercredd.health import HealthService
 from peercredd.listen import free_loopback_addresses, port_in_use
@@ -73,10 +74,10 @@ SPARE_DESCRIPTORS: Final = 256
 """What the daemon has open besides connections: maps, links, what it reads."""
 
 MAX_MEMORY: Final = 256 * 1024 * 1024
-"""Bytes of the server. Beyond it whoever has sent the most on loopback TCP is disconnected: gRPC
-keeps up to 20 MB for each connection of headers that do not end, and has no limit for them."""
+"""Bytes of the server. Beyond it connections of callers on loopback TCP are closed that have sent
+what is not a call: gRPC has no limit for headers that do not end."""
 
-_DISCONNECT_SECONDS: Final = 1.0
+CLOSE_SECONDS: Final = 1.0
 
 _CONNECTIONS_OPTION: Final = "grpc.max_allowed_incoming_connections"
 
@@ -187,7 +188,7 @@ async def serving(
     bound()
     tasks = [asyncio.create_task(_log_refusals(refusals))]
     if callers:
-        tasks.append(asyncio.create_task(_disconnect(callers, refusals)))
+        tasks.append(asyncio.create_task(_close_too_much(callers.connections, refusals)))
     try:
         for each in servers:
             await each.start()
@@ -202,7 +203,14 @@ async def serving(
 def _listening_on_loopback(callers: Callers, hub: Hub, max_connections: int) -> grpc.aio.Server:
     server = grpc.aio.server(
         handlers=handlers(
-            callers.store, hub, Gate(callers.begin, Places(MAX_OPEN_TCP_STREAMS), counts_early=True)
+            callers.store,
+            hub,
+            Gate(
+                callers.begin,
+                Places(MAX_OPEN_TCP_STREAMS),
+                counts_early=True,
+                heard=callers.connections.heard,
+            ),
         ),
         options=(*TCP_OPTIONS, (_CONNECTIONS_OPTION, max_connections)),
         maximum_concurrent_rpcs=MAX_CONCURRENT_TCP_CALLS,
@@ -254,29 +262,24 @@ class Places:
             self._taken -= 1
 
 
-async def _disconnect(callers: Callers, refusals: Refusals) -> None:
-    """Close what connections there are too many of, and those that take too much memory."""
+async def _close_too_much(connections: Connections, refusals: Refusals) -> None:
     while True:
-        await asyncio.sleep(_DISCONNECT_SECONDS)
+        await asyncio.sleep(CLOSE_SECONDS)
         try:
-            # With so few descriptors nobody has too many.
-            if len(os.listdir("/proc/self/fd")) > MAX_CONNECTIONS_PER_USER:  # noqa: PTH208
-                closed = await asyncio.to_thread(callers.close_surplus)
-                for uid, times in closed.items():
-                    refusals.count(Refused.TOO_MANY_CONNECTIONS, uid, times)
-            if _has_too_much_in_memory():
-                uid, times = await asyncio.to_thread(callers.close_who_sent_most)
-                refusals.count(Refused.TOO_MUCH_SENT, uid, times)
-        except OSError as error:
-            log.warning("callers who take too much stay connected for now", reason=error.strerror)
+            closed = await asyncio.to_thread(_look, connections)
+        except (OSError, RuntimeError, MemoryError) as error:  # no thread is another RuntimeError
+            log.warning("callers' connections were not looked at this time", reason=str(error))
+        else:
+            for (why, uid), times in closed.items():
+                refusals.count(why, uid, times)
 
 
-def _has_too_much_in_memory() -> bool:
-    if lean.resident_memory() <= MAX_MEMORY:
-        return False
-    # Of what is free, and was not returned yet, nobody is the cause.
-    lean.give_back_freed_memory()
-    return lean.resident_memory() > MAX_MEMORY
+def _look(connections: Connections) -> Counter[tuple[Refused, int | None]]:
+    if short_of_memory := lean.resident_memory() > MAX_MEMORY:
+        # Of what is free, and was not returned yet, nobody is the cause.
+        lean.give_back_freed_memory()
+        short_of_memory = lean.resident_memory() > MAX_MEMORY
+    return connections.close_too_much(short_of_memory=short_of_memory)
 
 
 def _warn_if_blind(callers: Callers) -> None:
@@ -307,7 +310,14 @@ async def _log_refusals(refusals: Refusals) -> None:
 class Gate:
     """How calls come to a server."""
 
-    def __init__(self, admit: Admit, streams: Places, *, counts_early: bool) -> None:
+    def __init__(
+        self,
+        admit: Admit,
+        streams: Places,
+        *,
+        counts_early: bool,
+        heard: Callable[[str], None] | None = None,
+    ) -> None:
         """Let calls in.
 
         Args:
@@ -315,9 +325,11 @@ class Gate:
             streams: how many.
             counts_early: whether a call is seen before its message has come. gRPC is told then
                 that the call takes a stream of messages, which on the wire is the same.
+            heard: is told from whom a message of a stream has come, as gRPC names the peer.
         """
         self.admit = admit
         self.streams = streams
+        self.heard = heard
         self._counts_early = counts_early
         self._waiting: dict[asyncio.Task[Any], float] = {}
         """Calls whose message has not come, and until when it may; the oldest first."""
@@ -543,15 +555,17 @@ def _stream(
     method: Callable[[Service, AsyncIterator[_Request]], AsyncIterator[_Response]],
     request_type: type[_Request],
 ) -> grpc.RpcMethodHandler[bytes, bytes]:
-    async def decoded(messages: AsyncIterator[bytes]) -> AsyncIterator[_Request]:
+    async def decoded(messages: AsyncIterator[bytes], peer: str) -> AsyncIterator[_Request]:
         async for data in messages:
+            if gate.heard:
+                gate.heard(peer)
             yield request_type.FromString(data)
 
     async def handle(messages: AsyncIterator[bytes], context: Context) -> AsyncIterator[bytes]:
         try:
             with gate.streams.one():
                 service = gate.admit(context, False)
-                async for response in method(service, decoded(messages)):
+                async for response in method(service, decoded(messages, context.peer())):
                     yield response.SerializeToString()
         except Exception as error:
             await _abort(context, error)

@@ -11,7 +11,7 @@ import select
 import socket
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
 from harness import raw_http2, steps
@@ -19,7 +19,6 @@ from harness import raw_http2, steps
 _CALLS_PER_CONNECTION = 16
 """The daemon takes 32, and has more wait."""
 
-_PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
 _GOAWAY = 7
 
 _channels: dict[str, Any] = {}
@@ -52,19 +51,22 @@ def prepare(path: list[str]) -> None:
     import peercred  # noqa: F401
 
 
-def call(address: str, method: str, *requests: bytes, seconds: float = 60) -> Reply:
-    """Make one call, over the one connection to that address."""
+def call(
+    address: str, method: str, *requests: bytes, seconds: float = 60, anew: bool = False
+) -> Reply:
+    """Make one call, over the one connection to that address or over one of its own."""
     import grpc
 
     messages: list[bytes] = []
-    answers = _channel(address).stream_stream(method)(iter(requests), timeout=seconds)
-    try:
-        messages += answers
-    except grpc.RpcError as error:
-        failed: Any = error
-        details = dict(failed.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
-        return Reply(failed.code().name, failed.details(), details, messages)
-    return Reply("OK", "", b"", messages)
+    with own_channel(address) if anew else nullcontext(_channel(address)) as channel:
+        answers = channel.stream_stream(method)(iter(requests), timeout=seconds)
+        try:
+            messages += answers
+        except grpc.RpcError as error:
+            failed: Any = error
+            details = dict(failed.trailing_metadata() or ()).get("grpc-status-details-bin", b"")
+            return Reply(failed.code().name, failed.details(), details, messages)
+        return Reply("OK", "", b"", messages)
 
 
 def reset_connection(port: int) -> int:
@@ -89,8 +91,7 @@ def open_calls(address: str, method: str, count: int, *requests: bytes) -> list[
     codes: list[str] = []
     for index in range(count):
         if index % _CALLS_PER_CONNECTION == 0:
-            own = [("grpc.use_local_subchannel_pool", 1)]
-            _open_channels.append(grpc.insecure_channel(address, options=own))
+            _open_channels.append(own_channel(address))
         endless = itertools.chain(requests, _nothing())
         answers = _open_channels[-1].stream_stream(method)(endless)
         try:
@@ -168,12 +169,10 @@ def address_of_client() -> str:
 
 def begin_calls(address: str, method: str, count: int) -> None:
     """Begin calls that never send their message."""
-    import grpc
 
     for index in range(count):
         if index % _CALLS_PER_CONNECTION == 0:
-            own = [("grpc.use_local_subchannel_pool", 1)]
-            _open_channels.append(grpc.insecure_channel(address, options=own))
+            _open_channels.append(own_channel(address))
         _open_calls.append(_open_channels[-1].stream_stream(method)(_nothing()))
 
 
@@ -181,7 +180,7 @@ def connect_often(port: int, count: int) -> None:
     """Make connections that say they are gRPC's, and nothing after."""
     for _ in range(count):
         sock = socket.create_connection(("127.0.0.1", port))
-        sock.sendall(_PREFACE)
+        sock.sendall(raw_http2.GREETING)
         _open_calls.append(sock)
 
 
@@ -232,6 +231,13 @@ def serve_as_the_daemon(address: str) -> int:
     server.start()
     _open_calls.append(server)
     return port
+
+
+def own_channel(address: str) -> Any:
+    """A new connection: channels to one address share one unless told otherwise."""
+    import grpc
+
+    return grpc.insecure_channel(address, options=[("grpc.use_local_subchannel_pool", 1)])
 
 
 def _connection(port: int) -> Any:

@@ -8,10 +8,12 @@ from __future__ import annotations
 import random
 import select
 import socket
+from collections import Counter
 from contextlib import suppress
 from typing import Any
 
-from harness import raw_http2
+from harness import caller, raw_http2
+from harness.patience import patient
 from harness.raw_http2 import (
     CONTINUATION,
     DATA,
@@ -28,6 +30,10 @@ from harness.raw_http2 import (
 _RANDOM = random.Random(0).randbytes(1 << 16)
 _HEADERS_WITHOUT_END = frame(HEADERS, 0, 1, raw_http2.field("a", "b" * 100))
 _AND_MORE = frame(CONTINUATION, 0, 1, raw_http2.field("a", "b" * 100) * 100)
+_REMEMBERED_FIELD = frame(HEADERS, 0, 1, b"\x40\1a\0")
+_FIELDS_OF_A_FRAME = 4096
+_THE_SAME_AGAIN = frame(CONTINUATION, 0, 1, b"\xbe" * _FIELDS_OF_A_FRAME)
+"""One byte for each field: of the table of those that were remembered (RFC 7541, 6.1 and 6.2.1)."""
 GARBAGE = {
     "random frames": b"".join(
         frame(_RANDOM[i], _RANDOM[i + 1], i % 7, _RANDOM[i : i + 100]) for i in range(0, 8000, 4)
@@ -45,6 +51,9 @@ GARBAGE = {
     "data of no stream": frame(DATA, 0, 99, bytes(100)) * 1000,
 }
 
+_LIST = "/peercred.v1.PeerCredentials/ListConnections"
+_STOPPED_READING_SECONDS = patient(2)
+
 _open: list[Any] = []
 
 
@@ -55,17 +64,6 @@ def let_go() -> None:
     _open.clear()
 
 
-def ask(target: str, method: str, request: bytes, seconds: float) -> bytes:
-    """Make one call over a connection of its own; raises RuntimeError where there is no answer."""
-    import grpc
-
-    with _channel(target) as own:
-        try:
-            return bytes(own.unary_unary(method)(request, timeout=seconds))
-        except grpc.RpcError as error:
-            raise RuntimeError(str(error)) from None
-
-
 def be_idle(address: Address, count: int, greeting: bytes) -> None:
     """Make connections that say no more than that."""
     for _ in range(count):
@@ -73,18 +71,28 @@ def be_idle(address: Address, count: int, greeting: bytes) -> None:
             _open.append(raw_http2.dial(address, greeting))
 
 
-def list_and_read_nothing(target: str, connections: int, lists: int) -> None:
-    """Ask for so many lists over each of so many connections; read of each what comes first."""
+def list_and_read_nothing(target: str, connections: int, lists: int) -> dict[str, int]:
+    """Ask for so many lists over each of so many connections; read of each what comes first.
+
+    Returns how often a list has begun ("OK"), or was refused, by the name of the code.
+    """
     import grpc
 
     begun = []
     for _ in range(connections):
-        _open.append(_channel(target))
+        _open.append(caller.own_channel(target))
         listing = _open[-1].unary_stream(_LIST)
         begun += [listing(b"") for _ in range(lists)]
+    codes: Counter[str] = Counter()
     for call in begun:
-        with suppress(grpc.RpcError):
+        try:
             next(call)
+        except grpc.RpcError as error:
+            failed: Any = error
+            codes[failed.code().name] += 1
+        else:
+            codes["OK"] += 1
+    return dict(codes)
 
 
 def open_streams(
@@ -110,7 +118,7 @@ def cancel_streams(target: str, count: int) -> None:
     """Ask for lists and cancel them, every other one after it has begun to come."""
     import grpc
 
-    with _channel(target) as own:
+    with caller.own_channel(target) as own:
         listing = own.unary_stream(_LIST)
         for number in range(count):
             call = listing(b"")
@@ -140,54 +148,53 @@ def half_close(address: Address, count: int) -> None:
 
 
 def send_garbage(address: Address, name: str, connections: int) -> int:
-    """Send one of GARBAGE, as far as the daemon reads it; returns how many bytes that is."""
+    """Send one of GARBAGE over so many connections, for as long as the daemon reads it.
+
+    Returns how many bytes it was over all of them.
+    """
+    sent = 0
     for _ in range(connections):
         sock = raw_http2.dial(address)
         _open.append(sock)
         sock.setblocking(False)
         left = memoryview(GARBAGE[name])
-        with suppress(OSError):
-            while left:
-                left = left[sock.send(left) :]
+        with suppress(ConnectionError):
+            while left and select.select([], [sock], [], _STOPPED_READING_SECONDS)[1]:
+                length = sock.send(left)
+                sent, left = sent + length, left[length:]
                 _drain(sock)
-    return len(GARBAGE[name])
+    return sent
 
 
-def send_headers_until_closed(address: Address, connections: int) -> None:
-    """Send headers that do not end over so many connections, until all of them are closed."""
+def send_headers_until_closed(address: Address, connections: int, fields: int) -> None:
+    """Send headers of so many fields over each connection, and no end, until all are closed."""
     changes = select.poll()
     socks, left = {}, {}
     for _ in range(connections):
-        sock = raw_http2.dial(address, raw_http2.GREETING + _HEADERS_WITHOUT_END)
+        sock = raw_http2.dial(address, raw_http2.GREETING + _REMEMBERED_FIELD)
         sock.setblocking(False)
-        socks[sock.fileno()], left[sock.fileno()] = sock, b""
+        socks[sock.fileno()] = sock
+        left[sock.fileno()] = _THE_SAME_AGAIN * (fields // _FIELDS_OF_A_FRAME)
         changes.register(sock, select.POLLOUT | select.POLLRDHUP)
     while socks:
         for descriptor, change in changes.poll():
             if change == select.POLLOUT:
                 with suppress(ConnectionError):
-                    data = left[descriptor] or _AND_MORE
-                    left[descriptor] = data[socks[descriptor].send(data) :]
+                    left[descriptor] = left[descriptor][socks[descriptor].send(left[descriptor]) :]
+                if not left[descriptor]:
+                    changes.modify(descriptor, select.POLLRDHUP)
             else:
                 changes.unregister(descriptor)
                 socks.pop(descriptor).close()
 
 
-def break_off(address: Address, method: str, count: int) -> None:
-    """Begin calls with a part of a message each, and be gone."""
-    for _ in range(count):
-        with raw_http2.dial(address) as sock:
+def begin(address: Address, methods: list[str], count: int) -> None:
+    """Begin so many calls of each of these methods, with a part of a message each."""
+    for method in methods:
+        for _ in range(count):
+            sock = raw_http2.dial(address)
             sock.sendall(raw_http2.call(1, method) + frame(DATA, 0, 1, b"\0\0\0\1\0"))
-
-
-_LIST = "/peercred.v1.PeerCredentials/ListConnections"
-
-
-def _channel(target: str) -> Any:
-    """A connection of its own: channels to one target share one unless told otherwise."""
-    import grpc
-
-    return grpc.insecure_channel(target, options=[("grpc.use_local_subchannel_pool", 1)])
+            _open.append(sock)
 
 
 def _drain(sock: socket.socket) -> None:

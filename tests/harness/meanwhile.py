@@ -36,9 +36,11 @@ def turning_over(
         ended = Path(folder) / "ended"
         asking = server.start(turnover.ask_until_the_last, fds.tcp)
         connecting = client.start(turnover.connect_until, str(ended), target, pause_seconds)
-        yield told
-        ended.touch()
-        count = connecting.result()
-        told += asking.result()
+        try:
+            yield told
+        finally:
+            ended.touch()
+            count = connecting.result()
+            told += asking.result()
     server(steps.close, fds)
     assert told.total() == count

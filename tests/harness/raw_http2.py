@@ -14,7 +14,6 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"
 DATA, HEADERS, RST_STREAM, SETTINGS, PING, CONTINUATION = 0, 1, 3, 4, 6, 9
 END_STREAM = 1
 END_HEADERS = 4
-MAX_FRAME = 16384
 
 
 def frame(kind: int, flags: int, stream: int, payload: bytes = b"") -> bytes:

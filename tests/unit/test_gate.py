@@ -15,6 +15,7 @@ import pytest
 from harness.memory_events import MemoryEvents
 from harness.memory_view import MemoryView, connection
 from peercred.v1 import peer_credentials_pb2 as pb
+from peercred.v1.peer_credentials_pb2_grpc import PeerCredentialsStub
 from peercredd import server
 from peercredd.server import Gate, Places
 from peercredd.service import PeerCredentialsService
@@ -26,7 +27,13 @@ CALL_SECONDS = 60
 
 
 @pytest.fixture
-def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
+def heard() -> list[str]:
+    """From whom messages of streams have come."""
+    return []
+
+
+@pytest.fixture
+def channel(tmp_path: Path, heard: list[str]) -> Iterator[grpc.Channel]:
     """To a server that counts calls before their message has come, as on loopback TCP."""
     address = f"unix:{tmp_path}/s"
     started: Future[Callable[[], object]] = Future()
@@ -35,7 +42,9 @@ def channel(tmp_path: Path) -> Iterator[grpc.Channel]:
 
     async def main() -> None:
         stop, loop = asyncio.Event(), asyncio.get_running_loop()
-        gate = Gate(lambda _context, _lists: service, Places(8), counts_early=True)
+        gate = Gate(
+            lambda _context, _lists: service, Places(8), counts_early=True, heard=heard.append
+        )
         served = grpc.aio.server(handlers=server.handlers(view, Hub(view, events), gate))
         served.add_insecure_port(address)
         await served.start()
@@ -103,3 +112,13 @@ def test_a_message_may_come_later_than_its_call(channel: grpc.Channel) -> None:
     waiting = SlowCall(channel)
     assert lookup(channel).peer.uid == 1000
     assert waiting.send().peer.uid == 1000
+
+
+def test_of_each_message_of_a_stream_it_is_told_from_whom_it_came(
+    channel: grpc.Channel, heard: list[str]
+) -> None:
+    stub = PeerCredentialsStub(channel)
+    requests = [pb.LookupStreamRequest(key=pb.ConnectionKey(socket_cookie=10))] * 3
+
+    assert len(list(stub.LookupStream(iter(requests), timeout=CALL_SECONDS))) == 3
+    assert heard == ["unix:"] * 3

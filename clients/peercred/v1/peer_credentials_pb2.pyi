@@ -1116,7 +1116,7 @@ class GetStatusResponse(_message.Message):
         """NOT_VISIBLE: a connection that is there, and not the caller's.
         CALLER_UNKNOWN and TOO_MANY_CALLS as in errors. TOO_MANY_CONNECTIONS: those
         of one user beyond what one may have, which are closed. TOO_MUCH_SENT: those
-        of who has sent the most, closed while the server has too much in memory.
+        over which came what is no call, closed while the server has too much in memory.
         """
         count: _builtins.int
         description: _builtins.str

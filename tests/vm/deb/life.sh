@@ -32,11 +32,10 @@ install() { apt-get --quiet --yes --no-install-recommends install "$@"; }
 # Whatever installs and removes packages keeps its books, caches and logs elsewhere.
 files() {
   {
-    find / -xdev \( -path /root -o -path /tmp -o -path /var/tmp -o -path /var/cache/apt \
-      -o -path /var/cache/debconf -o -path /var/cache/ldconfig -o -path /var/cache/man \
+    find / -xdev \( -path /root -o -path /tmp -o -path /var/tmp -o -path /var/cache \
       -o -path /var/log -o -path /var/lib/apt -o -path /var/lib/dpkg -o -path /var/lib/systemd \) \
       -prune -o -print
-    find /run/peercredd* /run/systemd/system /dev/shm 2>/dev/null
+    find /run/peercredd* /run/systemd/system /dev/shm /var/cache/peercredd* 2>/dev/null
   } | sort
 }
 
