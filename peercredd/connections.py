@@ -109,7 +109,8 @@ class Connections:
             How many were closed, by reason and user; None for all of whom there is no record.
         """
         heard, self._heard = self._heard, set()
-        heard_from = {Peer.of(name) for name in heard}
+        # A copy, made at once: a call that begins now may still be noted in it.
+        heard_from = {Peer.of(name) for name in tuple(heard)}
         seen: dict[int, _Seen] = {}
         by_user: dict[int | None, list[tuple[int, _Open]]] = {}
         closed: Counter[tuple[Refused, int | None]] = Counter()
