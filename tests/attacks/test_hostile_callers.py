@@ -243,10 +243,9 @@ def test_two_thousand_lists_that_are_not_read_keep_nobody_out(
     connections, limit = FLOODS // 100, target.transport.lists
     codes = target.flooded(hostile.list_and_read_nothing, target.transport.target, connections, 100)
 
-    # A client reads ahead, some lists to their end; who ends too many is refused by HTTP/2.
-    assert codes.pop("OK") >= limit
-    assert codes.pop("RESOURCE_EXHAUSTED") > FLOODS // 4
-    assert codes.keys() <= {"UNAVAILABLE", "CANCELLED"}
+    # A client reads ahead, some lists to their end. Who asks too much HTTP/2 refuses, too.
+    assert limit <= codes.pop("OK") < FLOODS // 2
+    assert codes.keys() <= {"RESOURCE_EXHAUSTED", "UNAVAILABLE", "CANCELLED"}
     assert target.answers()
     bounded(connections, limit)
     # Nobody who asks once is kept from it by those who keep asking.
