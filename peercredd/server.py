@@ -267,7 +267,8 @@ async def _close_too_much(connections: Connections, refusals: Refusals) -> None:
         await asyncio.sleep(CLOSE_SECONDS)
         try:
             closed = await asyncio.to_thread(_look, connections)
-        except (OSError, RuntimeError, MemoryError) as error:  # no thread is another RuntimeError
+        # Whatever it was, it is looked at again: a RuntimeError says that no thread can be started.
+        except (OSError, RuntimeError, MemoryError) as error:
             log.warning("callers' connections were not looked at this time", reason=str(error))
         else:
             for (why, uid), times in closed.items():
