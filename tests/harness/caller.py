@@ -169,7 +169,6 @@ def address_of_client() -> str:
 
 def begin_calls(address: str, method: str, count: int) -> None:
     """Begin calls that never send their message."""
-
     for index in range(count):
         if index % _CALLS_PER_CONNECTION == 0:
             _open_channels.append(own_channel(address))

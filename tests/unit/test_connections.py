@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import asyncio
 import select
 import socket
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import ExitStack
 
 import pytest
+import structlog
 
-from peercredd.access import Refused
+from harness.patience import patient
+from peercredd import server as server_module
+from peercredd.access import Refusals, Refused
 from peercredd.connections import MAX_CONNECTIONS_PER_USER, MOST_UNHEARD, Connections, Owner, Peer
+from peercredd.server import _close_too_much
 
 ALICE, ROOT = 1000, 0
+LOOK_SECONDS = patient(10)
 TOO_MUCH = bytes(MOST_UNHEARD + 1)
 
 
@@ -127,3 +134,29 @@ def test_peers_are_read_as_grpc_writes_them() -> None:
 
 def port(client: socket.socket) -> int:
     return int(client.getsockname()[1])
+
+
+def test_a_look_that_fails_is_logged_and_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    looks: list[bool] = []
+
+    class Failing(Connections):
+        def close_too_much(self, *, short_of_memory: bool) -> Counter[tuple[Refused, int | None]]:
+            looks.append(short_of_memory)
+            if len(looks) == 1:
+                raise RuntimeError("can't start new thread")
+            return Counter({(Refused.TOO_MANY_CONNECTIONS, ALICE): len(looks)})
+
+    async def look_until_something_is_counted(refusals: Refusals) -> None:
+        task = asyncio.create_task(_close_too_much(Failing(1, lambda _: None), refusals))
+        async with asyncio.timeout(LOOK_SECONDS):
+            while not refusals.counts:
+                await asyncio.sleep(0)
+        task.cancel()
+
+    monkeypatch.setattr(server_module, "CLOSE_SECONDS", 0)
+    refusals = Refusals()
+    with structlog.testing.capture_logs() as logged:
+        asyncio.run(look_until_something_is_counted(refusals))
+    assert refusals.counts[Refused.TOO_MANY_CONNECTIONS] >= 2
+    (entry,) = logged
+    assert (entry["log_level"], entry["reason"]) == ("warning", "can't start new thread")
