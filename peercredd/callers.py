@@ -11,11 +11,13 @@ of the daemon's sockets is; and what a call was admitted as it stays until its e
 
 from __future__ import annotations
 
+import asyncio
 import functools
 from collections.abc import Callable
+from contextvars import ContextVar
 from socket import AF_INET, AF_INET6, inet_pton
-from typing import Final, NamedTuple, TypeAlias
-from weakref import WeakValueDictionary
+from typing import Any, Final, NamedTuple, TypeAlias
+from weakref import WeakValueDictionary, ref
 
 import grpc.aio
 from google.rpc import code_pb2
@@ -36,7 +38,7 @@ a request of 256 KB in each a user makes the daemon hold 32 MB."""
 MAX_LISTS_PER_USER: Final = 2
 """Of these, ListConnections and WatchConnections: each reads every record there is."""
 
-_MOST_REMEMBERED: Final = 256
+MOST_REMEMBERED: Final = 256
 """Connections of callers: half a megabyte."""
 
 _LOOPBACK_V4: Final = V4_MAPPED + bytes([127, 0, 0, 1])
@@ -89,8 +91,8 @@ class Callers:
     def begin(self, context: Context, lists: bool) -> PeerCredentialsService:
         """Return what answers a call.
 
-        It is under way until it is done for gRPC, with the answer written: who does not read
-        makes that wait, long after the answer was made.
+        It is under way until gRPC's task of it is done, with the answer written: who does not read
+        makes that wait, long after the answer was made. To be called in that task.
 
         Args:
             context: of the call.
@@ -108,12 +110,14 @@ class Callers:
         kinds = remembered.lists if lists else remembered.calls
         if kinds:
             for kind in kinds:
-                if kind.calls >= kind.most:
+                if kind.is_full():
                     raise kind.one_too_many()
+            task = asyncio.current_task()
+            assert task
+            call = ref(task)
             for kind in kinds:
-                kind.calls += 1
-            # The stubs say a class, and mean a Protocol.
-            context.add_done_callback(functools.partial(_end, kinds))  # type: ignore[arg-type]
+                kind.add(call)
+            _counted_as.set(kinds)
         return remembered.service
 
     def _unknown(self, peer: str, *, is_tcp: bool) -> RequestError:
@@ -164,7 +168,7 @@ class Callers:
             remembered = _Remembered(
                 key, server, self._service(view, access), (calls,), (calls, lists)
             )
-        if len(self._remembered) >= _MOST_REMEMBERED:
+        if len(self._remembered) >= MOST_REMEMBERED:
             del self._remembered[next(iter(self._remembered))]
         self._remembered[peer] = remembered
         return remembered
@@ -190,13 +194,28 @@ class Callers:
 
 
 class _UnderWay:
-    """The calls of one kind that one user has under way."""
+    """The calls of one kind that one user has under way.
+
+    Their tasks are looked at when it matters. To be told of each one's end would cost a call more:
+    what a context of gRPC's calls back then is a cycle, which waits for the garbage collector.
+    """
 
     def __init__(self, most: int, what: str, refuse: Callable[[], None]) -> None:
-        self.calls = 0
-        self.most = most
+        self._most = most
         self._what = what
         self._refuse = refuse
+        self._calls: list[ref[asyncio.Task[Any]]] = []
+        """Some may be over."""
+
+    def is_full(self) -> bool:
+        """Whether there are as many as there may be."""
+        if len(self._calls) >= self._most:
+            self._calls = [call for call in self._calls if not _is_over(call)]
+        return len(self._calls) >= self._most
+
+    def add(self, call: ref[asyncio.Task[Any]]) -> None:
+        """Count one more, until its task is done."""
+        self._calls.append(call)
 
     def one_too_many(self) -> RequestError:
         """Count the refusal of one more; the error to raise."""
@@ -205,15 +224,19 @@ class _UnderWay:
             encode.error(
                 code_pb2.RESOURCE_EXHAUSTED,
                 Refused.TOO_MANY_CALLS.value,
-                f"you have {self.most} {self._what} under way, as many as one user may have; "
+                f"you have {self._most} {self._what} under way, as many as one user may have; "
                 "end some, or ask again later",
             )
         )
 
 
-def _end(kinds: tuple[_UnderWay, ...], _: Context) -> None:
-    for kind in kinds:
-        kind.calls -= 1
+_counted_as: ContextVar[tuple[_UnderWay, ...]] = ContextVar("_counted_as")
+"""By a call's task, so that its user's count is the same one for as long as it has any."""
+
+
+def _is_over(call: ref[asyncio.Task[Any]]) -> bool:
+    task = call()
+    return task is None or task.done()
 
 
 def _addresses(host: str) -> tuple[bytes, bytes]:
