@@ -12,11 +12,9 @@ from harness import floods, shares, steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon, drops, occupancy, wait_until_empty
-from harness.requirements import cannot_run
+from harness.nesting import give_subordinate_uids
 from harness.routes import V4
 from harness.stage import Listener, Stage
-from harness.steps import Extent
-from harness.syscalls import CLONE_NEWUSER
 from harness.users import ALICE, BOB, CAROL, SERVICE
 
 pytestmark = pytest.mark.kernel
@@ -151,10 +149,7 @@ def test_half_open_connections_by_the_thousand_cost_their_user_only(town: Town) 
 def test_a_thousand_subordinate_uids_are_one_user(town: Town) -> None:
     root, alice = town.stage.actor(), town.alice
     trap = town.trap(alice)
-    if not alice(steps.if_permitted, steps.unshare, CLONE_NEWUSER):
-        cannot_run("a chroot can have no user namespaces: run the tests outside of it")
-    for name in ("uid_map", "gid_map"):
-        root(steps.write_id_map, alice.pid, name, (Extent(0, ALICE, 1), Extent(1, 300_000, 1_000)))
+    give_subordinate_uids(root, alice, ALICE)
     alice(floods.connect_as_many, trap.addresses.tcp, range(1, 1_001), FLOOD // 1_000)
 
     assert occupancy(town.stage.client)["connections"] == SHARE

@@ -30,8 +30,7 @@ def nest(
     the maps. Fork it for others; all end with it.
     """
     founder = stage.fork(parent)
-    if not founder(steps.if_permitted, steps.unshare, kinds):
-        cannot_run("a chroot can have no user namespaces: run the tests outside of it")
+    unshare(founder, kinds)
     if kinds & CLONE_NEWUSER:
         parent(steps.write_id_map, founder.pid, "uid_map", tuple(uids))
         parent(steps.write_id_map, founder.pid, "gid_map", tuple(gids))
@@ -40,3 +39,19 @@ def nest(
     # Its children's maps are files of theirs, that it has to open.
     first(steps.make_dumpable)
     return first
+
+
+def give_subordinate_uids(helper: Actor, user: Actor, uid: int) -> None:
+    """Put a process of that user in a user namespace of its own, as newuidmap(1) does.
+
+    What is root there is the user, and 1 the first subordinate uid. `helper` is root.
+    """
+    unshare(user, CLONE_NEWUSER)
+    for name in ("uid_map", "gid_map"):
+        helper(steps.write_id_map, user.pid, name, (Extent(0, uid, 1), Extent(1, 300_000, 1_000)))
+
+
+def unshare(actor: Actor, kinds: int) -> None:
+    """Let a process leave for new namespaces, CLONE_NEW* of syscalls.py."""
+    if not actor(steps.if_permitted, steps.unshare, kinds):
+        cannot_run("a chroot can have no user namespaces: run the tests outside of it")

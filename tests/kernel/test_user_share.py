@@ -17,13 +17,11 @@ from harness import floods, shares, steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon, drops, occupancy, open_map
-from harness.nesting import SHIFTED, nest
-from harness.requirements import cannot_run
+from harness.nesting import SHIFTED, give_subordinate_uids, nest
 from harness.routes import V4
 from harness.shares import Charged
 from harness.stage import Listener, Stage
 from harness.steps import Extent
-from harness.syscalls import CLONE_NEWUSER
 from harness.users import ALICE, BOB, CAROL, DAVE, SERVICE
 from peercredd import records
 from peercredd.records import Holdings
@@ -207,17 +205,12 @@ def test_who_called_connect_pays_for_deferred_fast_open(crowd: Crowd) -> None:
 
 DEEPEST = 33
 """create_user_ns() in the kernel's kernel/user_namespace.c goes no further."""
-SUBORDINATE = (Extent(0, ALICE, 1), Extent(1, 300_000, 1_000))
-"""What newuidmap gives to a user."""
 
 
-def in_own_user_namespace(stage: Stage, inside: int) -> Actor:
+def subordinate_of_alice(stage: Stage, inside: int) -> Actor:
     """A process of ALICE's with one of her subordinate uids."""
-    helper, actor = stage.actor(), stage.actor(ALICE)
-    if not actor(steps.if_permitted, steps.unshare, CLONE_NEWUSER):
-        cannot_run("a chroot can have no user namespaces: run the tests outside of it")
-    for name in ("uid_map", "gid_map"):
-        helper(steps.write_id_map, actor.pid, name, SUBORDINATE)
+    actor = stage.actor(ALICE)
+    give_subordinate_uids(stage.actor(), actor, ALICE)
     actor(steps.become, inside)
     return actor
 
@@ -227,11 +220,11 @@ def test_subordinate_uids_have_one_share_together(crowd: Crowd) -> None:
     server = stage.actor(SERVICE)
     listener = stage.listen(server, V4)
     for inside in range(1, SHARE + 1):
-        stage.connect(in_own_user_namespace(stage, inside), listener)
+        stage.connect(subordinate_of_alice(stage, inside), listener)
         server(steps.accept, listener.fds)
 
     assert shares.charged(crowd.daemon) == Charged({ALICE: Holdings(0, SHARE, 0)}, {})
-    crowd.is_refused(server, listener, in_own_user_namespace(stage, SHARE + 1))
+    crowd.is_refused(server, listener, subordinate_of_alice(stage, SHARE + 1))
     crowd.is_refused(server, listener, stage.actor(ALICE))
     crowd.is_answered(server, listener, stage.actor(BOB), BOB)
 
@@ -240,7 +233,7 @@ def test_who_made_the_outermost_user_namespace_pays_for_all_below(crowd: Crowd) 
     stage = crowd.stage
     server = stage.actor(SERVICE)
     listener = stage.listen(server, V4)
-    client = in_own_user_namespace(stage, 7)
+    client = subordinate_of_alice(stage, 7)
     client(steps.descend, DEEPEST - 1)
     stage.connect(client, listener)
     assert shares.charged(crowd.daemon) == Charged({ALICE: Holdings(0, 1, 0)}, {})
