@@ -29,6 +29,8 @@ class Effort(NamedTuple):
     policy_rounds: int = 6
     """With each number of callers, of each server process."""
     policy_servers: int = 10
+    secret_calls: int = 5_000
+    """Lookups of what is there, and as many of what is not."""
     flood_seconds: float = 0.5
     """One stretch of calls, alone or under flood."""
     flood_rounds: int = 20
@@ -52,6 +54,7 @@ QUICK = Effort(
     policy_seconds=0.2,
     policy_rounds=3,
     policy_servers=2,
+    secret_calls=500,
     flood_seconds=0.2,
     flood_rounds=4,
     watch_seconds=1.0,
