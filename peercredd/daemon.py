@@ -115,7 +115,7 @@ async def _live(config: Config, cgroup: Path, notifier: Notifier) -> None:
             listener_details=config.access.listener_details,
         )
         with UnixSocket(Path(api.socket), api.group) as unix_socket:
-            async with Supervisor(config, policy, unix_socket, notifier.alive) as supervisor:
+            async with Supervisor(config, policy, unix_socket, notifier) as supervisor:
                 async with loading as loader:
                     log.debug("loading", pid=loader.pid)
                     output = await children.result(

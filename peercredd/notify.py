@@ -27,6 +27,10 @@ class Notifier:
         if self._has_watchdog:
             self.tell("WATCHDOG=1")
 
+    def status(self, text: str) -> None:
+        """Tell how the daemon is, for `systemctl status`."""
+        self.tell(f"STATUS={' '.join(text.split())}")
+
     def tell(self, state: str) -> None:
         """Tell a state, as sd_notify(3) writes it."""
         address = self._address
@@ -35,7 +39,8 @@ class Notifier:
         if address.startswith("@"):  # abstract: unix(7) writes it with a NUL
             address = "\0" + address[1:]
         try:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as channel:
+            kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK
+            with socket.socket(socket.AF_UNIX, kind) as channel:
                 channel.sendto(state.encode(), address)
         except OSError as error:
             log.warning("systemd cannot be told", state=state, reason=error.strerror)

@@ -24,6 +24,7 @@ from peercredd import children, defaults, privileges
 from peercredd.access import Policy
 from peercredd.config import Config
 from peercredd.listen import UnixSocket
+from peercredd.notify import Notifier
 from peercredd.processes import Processes
 from peercredd.questions import answer_questions
 from peercredd.so_peercred import Row
@@ -81,13 +82,13 @@ class Supervisor:
     """
 
     def __init__(
-        self, config: Config, policy: Policy, unix_socket: UnixSocket, alive: Callable[[], None]
+        self, config: Config, policy: Policy, unix_socket: UnixSocket, notifier: Notifier
     ) -> None:
-        """Start nothing yet; `alive` is called each time that the server has shown to be."""
+        """Start nothing yet; `notifier` is told when the server has shown to be, or not to."""
         self._config = config
         self._policy = policy
         self._socket = unix_socket
-        self._alive = alive
+        self._notifier = notifier
         self._user = privileges.user(config.api.user)
         self._processes = Processes()
         self._keeping: asyncio.Task[None] | None = None
@@ -165,7 +166,7 @@ class Supervisor:
         )
         server.resources.callback(answering.cancel)
         self._socket.publish()
-        self._alive()
+        self._notifier.alive()
 
     async def _keep(self) -> None:
         deaths = 0
@@ -186,6 +187,7 @@ class Supervisor:
                     reason=reason,
                     seconds=delay,
                 )
+                self._notifier.status(f"not serving, while capture goes on: {reason}")
                 await asyncio.sleep(delay)
                 try:
                     await self._replace()
@@ -195,6 +197,7 @@ class Supervisor:
                 else:
                     break
             log.info("serving again", server_pid=self.server_pid)
+            self._notifier.status("serving")
 
     async def _replace(self) -> None:
         if self._server:
@@ -219,7 +222,7 @@ class Supervisor:
                     line = b""
                 if not line:
                     return await server.end()
-                self._alive()
+                self._notifier.alive()
                 await asyncio.wait({ended}, timeout=defaults.PULSE_SECONDS)
         finally:
             ended.cancel()

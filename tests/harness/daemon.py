@@ -123,6 +123,12 @@ class Daemon:
         """A new client of this daemon."""
         return Client(self)
 
+    def wait_for_status(self, text: str) -> None:
+        """Wait until systemd, had it started this daemon, would show that in its status."""
+        self._notifications.settimeout(patient(60))
+        while text.encode() not in self._notifications.recv(1024):
+            pass
+
     def log(self) -> str:
         """What the daemon has written so far."""
         if self._log.exists():

@@ -135,11 +135,12 @@ def test_a_server_that_dies_meanwhile_is_replaced_as_soon_as_there_is_room(
         disk.fill()
         os.kill(server, signal.SIGKILL)
         wait_for_log("No space left on device", daemon)
+        daemon.wait_for_status("No space left on device")
         with daemon.client() as client, pytest.raises(peercred.Unavailable):
             client.status()
 
         disk.make_room()
-        wait_for_log("serving again", daemon)
+        daemon.wait_for_status("STATUS=serving")
         with daemon.client() as client:
             assert client.status().server_pid != server
 
