@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from collections.abc import Awaitable, Callable, Sequence
@@ -204,6 +205,8 @@ async def _run_pytest(
     if not any(argument.startswith("tests/") for argument in arguments):
         words += TESTS
     settings = f"PYTHONUNBUFFERED=1 PEERCREDD_REQUIRE_KERNEL=1 PEERCREDD_TIMEOUT_FACTOR={patience}"
+    if kills := os.environ.get("PEERCREDD_KILLS"):
+        settings += f" PEERCREDD_KILLS={shlex.quote(kills)}"
     status = await guest.run(f"{settings} {shlex.join(words)}", "pytest.log", echo=echo)
     report.read(await guest.fetch(JUNIT), outcomes)
     if status and all(outcome.is_ok for outcome in outcomes.values()):

@@ -230,7 +230,7 @@ def test_every_request_is_answered_or_refused_in_one_line_and_named_by_what_it_a
             assert {key.local.port, key.remote.port} == {50000, 8080}
 
     def ask(data: bytes) -> None:
-        for ask in (ask_one, ask_batch, ask_stream, ask_list):
+        for ask in (ask_one, ask_batch, ask_stream, ask_list, ask_to_watch):
             try:
                 ask(data)
             except NoMessage:
@@ -257,6 +257,12 @@ def test_every_request_is_answered_or_refused_in_one_line_and_named_by_what_it_a
         listed = [each for page in service.list_connections(request) for each in page.connections]
         if request.HasField("client_uid"):
             assert {each.client.uid for each in listed} <= {request.client_uid}
+
+    def ask_to_watch(data: bytes) -> None:
+        request = parsed(pb.WatchConnectionsRequest, data)
+        shown = [each for each in map(service.shown(request), VIEW.connections.values()) if each]
+        if request.HasField("client_uid"):
+            assert {each.client.euid for each in shown} <= {request.client_uid}
 
     def check_result(result: pb.LookupResult, key: pb.ConnectionKey) -> None:
         if result.HasField("found"):

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -7,7 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from uuid import uuid4
 
 import pytest
@@ -57,14 +60,16 @@ UNKNOWN = "unknown"
 class Place:
     """A network namespace with a daemon that serves on TCP, a connection, and who asks about it."""
 
-    def __init__(self, cgroup: Cgroup, hook_set: str, undo: ExitStack) -> None:
+    def __init__(
+        self, cgroup: Cgroup, hook_set: str, undo: ExitStack, policy: tuple[str, ...]
+    ) -> None:
         self.undo = undo
         self.namespace = undo.enter_context(NetworkNamespace())
         self.daemon = undo.enter_context(
             Daemon(
                 cgroup,
                 hook_set,
-                *("--access-group", str(STAFF)),
+                *policy,
                 tcp_port=PORT,
                 namespace=self.namespace,
             )
@@ -133,6 +138,15 @@ class Place:
         reply = self.askers[ROOT](caller.call, TCP, f"{API}/GetStatus", b"")
         return pb.GetStatusResponse.FromString(reply.messages[0])
 
+    def log_line(self, event: str) -> dict[str, Any]:
+        """Wait until the daemon has logged that."""
+        give_up = time.monotonic() + patient(30)
+        while True:
+            for line in map(json.loads, self.daemon.log().splitlines()):
+                if line["event"] == event:
+                    return dict(line)
+            assert time.monotonic() < give_up, self.daemon.log()
+
     def refused(self, reason: str) -> int:
         return next(each.count for each in self.status().refusals if each.reason == reason)
 
@@ -140,7 +154,7 @@ class Place:
 @pytest.fixture(scope="module")
 def place(cgroup: Cgroup, hook_set: str) -> Iterator[Place]:
     with ExitStack() as undo:
-        yield Place(cgroup, hook_set, undo)
+        yield Place(cgroup, hook_set, undo, ("--access-group", str(STAFF)))
 
 
 class Question(NamedTuple):
@@ -236,6 +250,26 @@ def test_a_client_learns_of_its_listener_what_a_unix_socket_would_tell_and_no_mo
     told = {field.name for field, _ in answer.peer.ListFields()}
     assert told == {"pid", "uid", "gid", "group_count"}
     assert not answer.HasField("acceptor")
+
+
+def test_a_policy_may_tell_more_and_what_it_refuses_is_logged(
+    cgroup: Cgroup, hook_set: str
+) -> None:
+    policy = "--access-user", str(BOB), "--access-listener-details"
+    with ExitStack() as undo:
+        place = Place(cgroup, hook_set, undo, policy)
+        (first,) = place.lookup(CLIENT, place.client_end).messages
+        listener = pb.LookupResponse.FromString(first).peer
+        assert listener.pid == place.server.pid
+        assert listener.HasField("comm")
+        assert place.lookup(STRANGER, place.server_end).code == "OK"
+        assert place.lookup(MEMBER, place.server_end).code == "NOT_FOUND"
+
+        # Each minute; and before it ends.
+        server = place.status().server_pid
+        os.kill(server, signal.SIGTERM)
+        logged = place.log_line("refused: lookups of connections that are not the caller's")
+        assert (logged["reason"], logged["uid"], logged["times"]) == ("NOT_VISIBLE", DAVE, 1)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -222,6 +223,51 @@ def test_a_loader_killed_at_any_step_is_cleaned_up_at_the_next_start(place: Plac
         *_, calls = killing.stdout.splitlines()
         assert int(calls) == len(capture.MAPS) + 1 + 2 * len(place.programs) + 3
         assert [entry.name for entry in place.pin_dir.iterdir()] == [pins.CAPTURE]
+        place.assert_attached_once(besides=0)
+
+
+KILLED_WHILE_LOADING = textwrap.dedent(
+    """
+    import os, signal, sys
+    from peercredd import capture, compiled, compiler, loader
+
+    settings, where, name, calls = sys.argv[1:]
+    owner = {"path": compiled.Path, **vars()}[where]
+    function, left = getattr(owner, name), int(calls)
+
+    def counted(*arguments):
+        global left
+        if not left:
+            os.kill(os.getpid(), signal.SIGKILL)
+        left -= 1
+        return function(*arguments)
+
+    setattr(owner, name, counted)
+    loader.main([settings, str(os.getppid())])
+    """
+)
+
+
+def test_a_loader_killed_before_it_has_pinned_anything_leaves_nothing(
+    place: Place, tmp_path: Path
+) -> None:
+    settings = {"cache_dir": str(tmp_path / "cache")}
+    with pins.hold(place.pin_dir):
+        for step in (
+            ("compiler", "_code", 1),  # BCC has compiled, and made maps of its own
+            ("path", "rename", 0),  # what was compiled is written down, and not in its place
+            ("compiled", "create_map", 5),
+            ("capture", "_verified", 3),
+        ):
+            given = json.dumps(place.settings | settings)
+            command = [sys.executable, "-c", KILLED_WHILE_LOADING, given, *map(str, step)]
+            assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+            assert list(place.pin_dir.iterdir()) == []
+            place.assert_nothing_attached()
+
+        loaded = place.load(**settings)
+        assert (loaded.returncode, loaded.stderr) == (0, "")
+        assert json.loads(loaded.stdout)["compiled"] == "before"
         place.assert_attached_once(besides=0)
 
 

@@ -39,6 +39,7 @@ pytestmark = pytest.mark.kernel
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 SERVING = health_pb2.HealthCheckResponse.SERVING
 ROUNDS = int(os.environ.get("PEERCREDD_KILLS", "10"))
+"""Of each kind of kill."""
 
 
 class Place:
@@ -194,6 +195,7 @@ def kill_the_supervisor(daemon: Daemon, server: int) -> None:
         assert ended.poll(patient(30) * 1000), "the server outlives its supervisor"
 
 
+@pytest.mark.timeout(300 + 6 * ROUNDS)
 @pytest.mark.parametrize("kill", [kill_both, kill_the_supervisor])
 def test_what_is_connected_while_all_are_dead_is_answered_by_the_next(
     place: Place, kill: Callable[[Daemon, int], None]
@@ -207,7 +209,7 @@ def test_what_is_connected_while_all_are_dead_is_answered_by_the_next(
         held = []
         carol = stage.actor(CAROL)
         with turning_over(stage.actor(SERVICE), carol) as told:
-            for number in range(max(ROUNDS // 3, 2)):
+            for number in range(ROUNDS):
                 client, uid = (alice, ALICE) if number % 2 else (bob, BOB)
                 server = server_pid(daemon)
                 held.append((connected(stage, client, service, listener), client.pid, uid))
@@ -296,6 +298,7 @@ def test_pins_that_are_removed_are_put_back(place: Place) -> None:
         assert stage.peer(service, before)[:2] == (alice.pid, ALICE)
         after = connected(stage, alice, service, listener)
         assert stage.peer(service, after)[:2] == (alice.pid, ALICE)
+        assert stage.client.status().problems == ()
         with pytest.raises(RuntimeError, match=f"held by process {daemon.process.pid}"):
             place.daemon()
 
@@ -337,21 +340,27 @@ def test_an_unmounted_bpffs_is_told_and_a_mounted_one_is_used(hook_set: str, mou
             get_pinned(place.pin_dir / pins.CAPTURE / pins.MAPS / "connections")
 
 
-def test_a_removed_cgroup_is_told_with_what_mends_it(hook_set: str) -> None:
-    with ExitStack() as resources:
-        cgroup = Cgroup()
-        daemon = resources.enter_context(Place(cgroup, hook_set).daemon())
-        channel = resources.enter_context(grpc.insecure_channel(daemon.address))
-        client = resources.enter_context(daemon.client())
+def test_a_removed_cgroup_is_told_and_a_restart_mends_it(place: Place) -> None:
+    daemon = place.daemon("--keep")
+    with grpc.insecure_channel(daemon.address) as channel, daemon.client() as client:
         assert health(channel) == SERVING
-        cgroup.close()
+        place.cgroup.close()
 
         wait_for_health(channel, NOT_SERVING, daemon)
         (problem,) = client.status().problems
-        assert f"{cgroup.path} was removed: restart peercredd" in problem
+        assert f"{place.cgroup.path} was removed: restart peercredd" in problem
         wait_until(problem, daemon)
         with pytest.raises(peercred.Unavailable, match="capture is not in place"):
             client.lookup_tuple(("127.0.0.1", 1), ("127.0.0.1", 2))
+    daemon.close(keeps=True)
+
+    place.cgroup.path.mkdir()
+    with place.daemon() as daemon, looked_at(place, daemon) as stage:
+        assert stage.client.status().problems == ()
+        place.assert_attached_once()
+        service, alice = stage.actor(SERVICE), stage.actor(ALICE)
+        accepted = connected(stage, alice, service, stage.listen(service, V4))
+        assert stage.peer(service, accepted)[:2] == (alice.pid, ALICE)
 
 
 def test_a_server_that_cannot_start_is_tried_again(place: Place) -> None:

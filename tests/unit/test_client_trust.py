@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import pwd
 import socket
 import time
 from collections.abc import Iterator
@@ -105,6 +106,16 @@ def test_a_port_of_another_user_is_refused_unless_that_user_is_trusted(
             pytest.raises(peercred.DeadlineExceeded),
         ):
             client.status()
+
+
+@pytest.mark.root
+def test_a_daemon_of_the_services_own_user_is_believed(
+    kind: type[Client], listener_of_another: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_trust, "SERVICE_USER", pwd.getpwuid(OTHER_USER).pw_name)
+    address = f"127.0.0.1:{listener_of_another.getsockname()[1]}"
+    with kind(address, timeout=0.2) as client, pytest.raises(peercred.DeadlineExceeded):
+        client.status()
 
 
 @pytest.mark.root

@@ -22,3 +22,15 @@ def test_the_unit_leaves_the_capture_in_the_kernel_and_the_removal_of_the_packag
     assert unit["Service"]["ExecStart"] == "/usr/bin/peercredd --keep"
     # What is put in the place of #DEBHELPER# stops the service.
     assert re.search(r"#DEBHELPER#.*\bpeercredd unload\b", prerm, re.DOTALL)
+
+
+def test_each_part_of_the_units_sandbox_that_is_off_has_its_reason_below() -> None:
+    lines = (PACKAGING / "peercredd.service").read_text().splitlines()
+    below = {
+        line: after
+        for line, after in zip(lines, lines[1:], strict=False)
+        if re.fullmatch(r"\w+=(no|all|default|)", line)
+    }
+
+    assert "PrivateUsers=no" in below
+    assert [line for line, after in below.items() if not after.startswith("# ^ ")] == []

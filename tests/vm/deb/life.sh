@@ -93,7 +93,29 @@ server_without_privileges() {
     grep -x $'Seccomp:\t2' "/proc/$server/status"
 }
 
-nobody_asks() { setpriv --reuid 65534 --regid 65534 --clear-groups -- peercred whoami; }
+socket_for_its_group() {
+  stat --format '%U:%G %a' /run/peercredd/peercredd.sock | grep -x 'root:peercredd 660'
+}
+
+as_nobody() { setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"; }
+
+# What is not nobody's is not there; who was refused the journal tells, in a minute, from the server.
+refusal_in_the_journal() {
+  as_nobody peercred lookup --cookie 1 && return 1
+  for _ in {1..120}; do
+    journalctl --unit "$unit" --output json "_UID=$(id --user peercredd)" PEERCREDD_REASON=NOT_VISIBLE |
+      grep '"PEERCREDD_UID":"65534"' && return
+    sleep 1
+  done
+  return 1
+}
+
+clock_set_back() {
+  date --set '1 hour ago' && sleep 2 && ! peercred status | grep -i problem
+  local status=$?
+  date --set '1 hour'
+  return "$status"
+}
 
 # systemd hears of it each second, and would end it if it did not.
 is_watched() {
@@ -130,7 +152,7 @@ kill_main() {
   return 1
 }
 
-export -f main_pid pins programs attached stop_and_start kill_main
+export -f clock_set_back main_pid pins programs attached stop_and_start kill_main
 
 capture_began() { peercred status | grep '^capture since'; }
 
@@ -160,7 +182,10 @@ see "peercred doctor finds nothing missing" nothing_missing
 see "systemd has no complaint about the unit" no_complaint
 see "the server is peercredd's, without a capability, filtered" server_without_privileges
 see "users' connections are answered for" through sleep 2
-see "whoever is nobody may ask what is its own" nobody_asks
+see "its socket is root's, and for the group peercredd" socket_for_its_group
+see "whoever is nobody may ask what is its own" as_nobody peercred whoami
+see "the journal tells, in fields, what nobody was refused" refusal_in_the_journal
+see "a clock that is set back changes nothing" through bash -c clock_set_back
 see "SO_PEERCRED is switched on" peercredd so-peercred enable all
 echo '# An administrator was here.' >>/etc/peercredd/peercredd.toml
 began=$(capture_began)
