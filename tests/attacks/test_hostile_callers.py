@@ -29,7 +29,7 @@ from harness.raw_http2 import Address
 from harness.routes import V4
 from harness.users import ALICE, BOB, CAROL
 from peercred.v1 import peer_credentials_pb2 as pb
-from peercredd import callers, server
+from peercredd import callers, server, watching
 from peercredd.connections import MOST_UNHEARD
 
 pytestmark = pytest.mark.kernel
@@ -50,6 +50,7 @@ KEPT = 16 << 20
 SLACK = 32 << 20
 """What the first calls of a kind load, and the allocator keeps."""
 RECORDS = 2000
+UNREAD = ("ListConnections", "WatchConnections")
 FLOODS = 2000
 """Calls, more than there may be on either transport."""
 CALL_SECONDS = patient(30)
@@ -113,8 +114,8 @@ class Transport(NamedTuple):
     """Under way, at most, of one user."""
     streams: int
     """Of these."""
-    lists: int
-    """Of these."""
+    unread: dict[str, int]
+    """Of these, by method."""
 
 
 class Target:
@@ -155,6 +156,14 @@ class Target:
         """Have the attacker do it, and wait until all of it has been sent."""
         return self.attacker.start(flood, *arguments, **named).result(FLOOD_SECONDS)
 
+    def begins_soon(self, method: str) -> None:
+        """Wait until the attacker, too, gets a first answer of such a call."""
+        deadline = time.monotonic() + CLOSE_SECONDS
+        while not self.attacker(
+            hostile.ask_and_read_nothing, self.transport.target, method, 1, 1
+        ).get("OK"):
+            assert time.monotonic() < deadline
+
     def wait_until_given_back(self, memory: int) -> None:
         """Wait until it has no more in memory than that."""
         deadline = time.monotonic() + CLOSE_SECONDS
@@ -185,7 +194,10 @@ def target(place: Place, request: pytest.FixtureRequest) -> Target:
             int(dict(server.OPTIONS)["grpc.max_concurrent_streams"]),
             calls=server.MAX_CONCURRENT_CALLS,
             streams=server.MAX_OPEN_STREAMS,
-            lists=server.MAX_OPEN_STREAMS,
+            unread={
+                "ListConnections": server.MAX_OPEN_STREAMS,
+                "WatchConnections": watching.MAX_WATCHERS,
+            },
         )
         return Target(place, transport, place.actor(0), place.actor(0))
     transport = Transport(
@@ -194,7 +206,7 @@ def target(place: Place, request: pytest.FixtureRequest) -> Target:
         int(dict(server.TCP_OPTIONS)["grpc.max_concurrent_streams"]),
         calls=callers.MAX_CALLS_PER_USER + server.MAX_CALLS_UNSEEN,
         streams=callers.MAX_CALLS_PER_USER,
-        lists=callers.MAX_LISTS_PER_USER,
+        unread=dict.fromkeys(UNREAD, callers.MAX_LISTS_PER_USER),
     )
     return Target(place, transport, place.actor(CAROL), place.actor(BOB))
 
@@ -237,11 +249,14 @@ def test_a_thousand_idle_connections_keep_nobody_out(
     target.wait_until_closed(before)
 
 
-def test_two_thousand_lists_that_are_not_read_keep_nobody_out(
-    target: Target, attacker: Actor, bounded: Callable[..., None]
+@pytest.mark.parametrize("method", UNREAD)
+def test_two_thousand_lists_or_watches_that_are_not_read_keep_nobody_out(
+    target: Target, attacker: Actor, bounded: Callable[..., None], method: str
 ) -> None:
-    connections, limit = FLOODS // 100, target.transport.lists
-    codes = target.flooded(hostile.list_and_read_nothing, target.transport.target, connections, 100)
+    connections, limit = FLOODS // 100, target.transport.unread[method]
+    codes = target.flooded(
+        hostile.ask_and_read_nothing, target.transport.target, method, connections, 100
+    )
 
     # A client reads ahead, some lists to their end. Who asks too much HTTP/2 refuses, too.
     assert limit <= codes.pop("OK") < FLOODS // 2
@@ -272,13 +287,17 @@ def test_two_thousand_streams_that_stay_open_keep_nobody_out(
     bounded(connections, transport.streams)
 
 
+@pytest.mark.parametrize("method", UNREAD)
 def test_five_thousand_cancelled_streams_leave_nothing(
-    target: Target, attacker: Actor, bounded: Callable[..., None]
+    target: Target, attacker: Actor, bounded: Callable[..., None], method: str
 ) -> None:
     before = target.descriptors()
-    target.flooded(hostile.cancel_streams, target.transport.target, 5000)
+    target.flooded(hostile.cancel_streams, target.transport.target, method, 5000)
 
     assert target.answers()
+    # No place of theirs is taken for longer than they last.
+    target.begins_soon(method)
+    attacker(hostile.let_go)
     bounded(1, target.transport.streams_per_connection)
     target.wait_until_closed(before)
 
@@ -351,7 +370,7 @@ def test_a_caller_that_is_killed_in_the_middle_of_each_kind_of_call_leaves_nothi
 ) -> None:
     before = target.descriptors()
     killed = place.fork(target.attacker)
-    methods = ["Lookup", "BatchLookup", "LookupStream", "ListConnections", "GetStatus"]
+    methods = ["Lookup", "BatchLookup", "LookupStream", *UNREAD, "GetStatus", "WhoAmI"]
     killed(hostile.begin, target.transport.address, methods, 50)
     killed.kill()
     target.wait_until_closed(before)

@@ -51,7 +51,7 @@ GARBAGE = {
     "data of no stream": frame(DATA, 0, 99, bytes(100)) * 1000,
 }
 
-_LIST = "/peercred.v1.PeerCredentials/ListConnections"
+_API = "/peercred.v1.PeerCredentials"
 _STOPPED_READING_SECONDS = patient(2)
 
 _open: list[Any] = []
@@ -71,18 +71,25 @@ def be_idle(address: Address, count: int, greeting: bytes) -> None:
             _open.append(raw_http2.dial(address, greeting))
 
 
-def list_and_read_nothing(target: str, connections: int, lists: int) -> dict[str, int]:
-    """Ask for so many lists over each of so many connections; read of each what comes first.
+def ask_and_read_nothing(target: str, method: str, connections: int, calls: int) -> dict[str, int]:
+    """Make so many calls over each of so many connections; read of each what comes first.
 
-    Returns how often a list has begun ("OK"), or was refused, by the name of the code.
+    Args:
+        target: the daemon, as gRPC has it.
+        method: with an empty request, and many answers.
+        connections: how many.
+        calls: how many for each of these.
+
+    Returns:
+        How often a call was answered ("OK"), or refused, by the name of the code.
     """
     import grpc
 
     begun = []
     for _ in range(connections):
         _open.append(caller.own_channel(target))
-        listing = _open[-1].unary_stream(_LIST)
-        begun += [listing(b"") for _ in range(lists)]
+        ask = _open[-1].unary_stream(f"{_API}/{method}")
+        begun += [ask(b"") for _ in range(calls)]
     codes: Counter[str] = Counter()
     for call in begun:
         try:
@@ -114,14 +121,14 @@ def open_streams(
     raw_http2.wait_until_ended(socks, refused, seconds)
 
 
-def cancel_streams(target: str, count: int) -> None:
-    """Ask for lists and cancel them, every other one after it has begun to come."""
+def cancel_streams(target: str, method: str, count: int) -> None:
+    """Begin calls of many answers and cancel them, every other one after its first answer."""
     import grpc
 
     with caller.own_channel(target) as own:
-        listing = own.unary_stream(_LIST)
+        ask = own.unary_stream(f"{_API}/{method}")
         for number in range(count):
-            call = listing(b"")
+            call = ask(b"")
             if number % 2:
                 with suppress(grpc.RpcError):
                     next(call)

@@ -627,7 +627,7 @@ def test_calls_that_never_send_their_message_count_too_but_for_the_first_few(pla
     greedy.exit()
 
 
-@pytest.mark.parametrize("method", ["WhoAmI", "BatchLookup"])
+@pytest.mark.parametrize("method", ["WhoAmI", "BatchLookup", "LookupStream"])
 def test_calls_whose_answers_are_not_taken_stay_under_way(place: Place, method: str) -> None:
     greedy = place.actor(CAROL)
     before = place.refused("TOO_MANY_CALLS")

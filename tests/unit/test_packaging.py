@@ -1,6 +1,7 @@
 import configparser
 import re
 import tomllib
+from itertools import pairwise
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -28,7 +29,7 @@ def test_each_part_of_the_units_sandbox_that_is_off_has_its_reason_below() -> No
     lines = (PACKAGING / "peercredd.service").read_text().splitlines()
     below = {
         line: after
-        for line, after in zip(lines, lines[1:], strict=False)
+        for line, after in pairwise(lines)
         if re.fullmatch(r"\w+=(no|all|default|)", line)
     }
 
