@@ -142,7 +142,8 @@ class Place:
         """Wait until the daemon has logged that."""
         give_up = time.monotonic() + patient(30)
         while True:
-            for line in map(json.loads, self.daemon.log().splitlines()):
+            whole, _, _ = self.daemon.log().rpartition("\n")
+            for line in map(json.loads, whole.splitlines()):
                 if line["event"] == event:
                     return dict(line)
             assert time.monotonic() < give_up, self.daemon.log()
