@@ -171,7 +171,8 @@ def _first_that_works(
                 for name in hooks.HOOK_SETS
                 if name != hook_set
             }
-            return loaded, staged, {"hook_set": hook_set, "unused_hook_sets": others | failed}
+            said = {"asked": asked, "hook_set": hook_set, "unused_hook_sets": others | failed}
+            return loaded, staged, said
     reasons = "; ".join(f"{hook_set}: {reason}" for hook_set, reason in failed.items())
     raise KernelError(errno.ENOSYS, f"no hook set works here: {reasons}")
 

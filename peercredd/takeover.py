@@ -103,6 +103,7 @@ def take_over(
                 _end(path)
         _replace_so_peercred(loaded.so_peercred, running, staged)
         said |= capture.about(loaded, settings)
+        said |= _why_that_hook_set(said, settings["hooks"])
         said["fingerprint"] = fingerprint
         about.write(loaded.maps["about"], said)
     return said
@@ -129,6 +130,21 @@ def _what_is_said(running: Path, settings: Mapping[str, Any], cgroup: Path) -> d
     if any(not (maps / name).exists() for name in capture.MAPS):
         raise NotPossible("some of its maps are missing")
     return said
+
+
+def _why_that_hook_set(said: Mapping[str, Any], asked: str) -> dict[str, Any]:
+    """What is said of it, where it was chosen for an earlier start."""
+    if said.get("asked") == asked:
+        return {}
+    hook_set = said["hook_set"]
+    why = f"{hook_set} was asked for (--hooks {asked})"
+    if asked == "auto":
+        why = (
+            f"the capture that was found running has {hook_set}, and its records are kept; for "
+            "another choice run 'peercredd unload' before the next start"
+        )
+    others = dict.fromkeys((name for name in hooks.HOOK_SETS if name != hook_set), why)
+    return {"asked": asked, "unused_hook_sets": others}
 
 
 def _unused_generation(maps: Path) -> int:

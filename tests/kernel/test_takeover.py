@@ -159,6 +159,27 @@ def test_other_limits_of_users_are_taken_over_with_the_records(place: Place, kep
     place.assert_attached_once()
 
 
+def test_auto_goes_on_with_the_hook_set_that_runs_and_says_why(place: Place, kept: Kept) -> None:
+    def reason(asked: str) -> str:
+        daemon = place.daemon("--hooks", asked, "--keep")
+        with daemon.client() as client:
+            status = client.status()
+            assert client.lookup_cookie(kept.told.server_socket_cookie) == kept.told
+        daemon.close(keeps=True)
+        assert status.hook_set == place.hook_set
+        (unused,) = status.unused_hook_sets
+        return unused.reason
+
+    asked_for = f"{place.hook_set} was asked for (--hooks {place.hook_set})"
+    assert reason(place.hook_set) == asked_for
+    found = reason("auto")
+    assert f"the capture that was found running has {place.hook_set}" in found
+    assert "peercredd unload" in found
+    assert reason("auto") == found
+    assert reason(place.hook_set) == asked_for
+    kept.go_on_with(place.daemon())
+
+
 def test_a_version_with_another_layout_says_so_and_what_was_there_is_older(
     place: Place, kept: Kept, other_version: OtherVersion
 ) -> None:
