@@ -109,10 +109,13 @@ def context_macros(types: KernelTypes) -> list[str]:
     Raises:
         KernelError: a function is not there, or is not what it was. The text names it.
     """
-    return [flag for traced in _TRACE for flag in _macros(traced, types.prototype(traced.name))]
+    return [
+        flag for traced in _TRACE for flag in argument_macros(traced, types.prototype(traced.name))
+    ]
 
 
-def _macros(traced: Traced, prototype: Prototype) -> list[str]:
+def argument_macros(traced: Traced, prototype: Prototype) -> list[str]:
+    """The same of one program. Raises KernelError likewise."""
     function, there = traced.name, prototype.parameters
     declared = [f"{kind}{'' if kind.endswith('*') else ' '}{name}" for kind, name in there]
     for wanted in traced.parameters:

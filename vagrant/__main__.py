@@ -205,16 +205,25 @@ def _cpus(jobs: int) -> int:
     return max(2, min(MAX_CPUS, len(os.sched_getaffinity(0)) // jobs))
 
 
+_ENDING = tuple(
+    number
+    for number in (signal.SIGTERM, signal.SIGHUP)
+    if signal.getsignal(number) is not signal.SIG_IGN  # nohup(1)
+)
+"""Besides SIGINT: the second is sent when the terminal is closed."""
+
+
 def _wait_for(work: Coroutine[Any, Any, T]) -> T:
     """Run `work`; a signal that ends this process lets it clean up first."""
 
-    async def cancelled_by_sigterm() -> T:
+    async def cancelled_by_signals() -> T:
         task = asyncio.current_task()
         assert task
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        for number in _ENDING:
+            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
         return await work
 
-    return asyncio.run(cancelled_by_sigterm())
+    return asyncio.run(cancelled_by_signals())
 
 
 def _unwind(number: int, _: object) -> NoReturn:
@@ -222,7 +231,8 @@ def _unwind(number: int, _: object) -> NoReturn:
 
 
 def _run() -> None:
-    signal.signal(signal.SIGTERM, _unwind)
+    for number in _ENDING:
+        signal.signal(number, _unwind)
     try:
         main(prog_name="./dev")
     except LabError as error:

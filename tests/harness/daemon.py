@@ -19,6 +19,7 @@ import peercred
 from harness.cgroup import Cgroup
 from harness.netns import NetworkNamespace
 from harness.patience import CALL_SECONDS, patient
+from harness.requirements import CAPTURE_THE_HOST
 from peercredd import pins
 from peercredd.libbpf import Map
 
@@ -46,8 +47,7 @@ class Client(peercred.Client):
 class Daemon:
     """A `peercredd` process; its capture covers `cgroup` and nothing else.
 
-    Without a cgroup it covers the host: that is for the `trace` hook set only, which
-    attaches nothing to the root cgroup.
+    Without a cgroup it covers the host: see CAPTURE_THE_HOST.
 
     With a `tcp_port` it serves on loopback TCP too, in its `namespace` if it gets one; and it is
     in the cgroup itself, or it would not know its callers.
@@ -71,7 +71,7 @@ class Daemon:
         namespace: NetworkNamespace | None = None,
         tree: Path | None = None,
     ) -> None:
-        assert cgroup or hook_set == "trace"
+        assert cgroup or hook_set in CAPTURE_THE_HOST
         self.hook_set = hook_set
         self._folder = tempfile.TemporaryDirectory(prefix="peercredd-test-")
         folder = Path(self._folder.name)

@@ -15,6 +15,10 @@ import pytest
 from harness.cgroup import mount_point
 from peercredd.libbpf import can_trace
 
+CAPTURE_THE_HOST = ("trace", "cgroup") if os.environ.get("PEERCREDD_OWN_MACHINE") else ("trace",)
+"""Hook sets with which a test may do that: `cgroup` attaches to the root cgroup then, which is left
+alone unless the machine is there for the tests only."""
+
 _SYS_BPF = {"x86_64": 321, "aarch64": 280}
 _BPF_MAP_CREATE = 0
 _BPF_MAP_TYPE_ARRAY = 2

@@ -168,7 +168,9 @@ def test_one_line_says_what_is_served_and_how_long_that_took(process: Process) -
     assert event["socket"] == str(process.socket)
     assert event["cgroup"] == str(process.cgroup.path)
     assert event["hooks"] == process.hook_set
-    assert event["not_in_use"].keys() == {*HOOK_SETS} - {process.hook_set}
+    (other,) = {*HOOK_SETS} - {process.hook_set}
+    why = f"{process.hook_set} was asked for (--hooks {process.hook_set})"
+    assert event["not_in_use"] == {other: why}
     assert event["pins"] == str(process.pin_dir)
     assert event["capture"] == "begun"
     assert event["seconds_to_first_answer"] > 0

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from peercredd import capture, compiler, records
+from peercredd import capture, compiler, libbpf, records
+from peercredd.btf import KernelTypes
 
 pytestmark = pytest.mark.kernel
 
@@ -146,3 +147,44 @@ def test_constants_are_the_same_on_both_sides() -> None:
     assert {
         constants[f"ABSENT_{name}"] for name in ("RETIRED", "TABLE_WAS_FULL", "NOT_RECORDED")
     } == set(records.ABSENCES)
+
+
+@pytest.mark.parametrize(
+    ("structure", "paths"),
+    [
+        (
+            libbpf._ProgramInfo,
+            {
+                "type": "bpf_prog_info.type",
+                "id": "bpf_prog_info.id",
+                "run_time_ns": "bpf_prog_info.run_time_ns",
+                "run_count": "bpf_prog_info.run_cnt",
+                "recursion_misses": "bpf_prog_info.recursion_misses",
+            },
+        ),
+        (
+            libbpf._LinkInfo,
+            {
+                "type": "bpf_link_info.type",
+                "program_id": "bpf_link_info.prog_id",
+                "cgroup_id": "bpf_link_info.cgroup.cgroup_id",
+            },
+        ),
+        (
+            libbpf._MapInfo,
+            {
+                "type": "bpf_map_info.type",
+                "value_size": "bpf_map_info.value_size",
+                "max_entries": "bpf_map_info.max_entries",
+                "types_id": "bpf_map_info.btf_id",
+                "value_type": "bpf_map_info.btf_value_type_id",
+            },
+        ),
+    ],
+)
+def test_what_the_kernel_tells_of_its_objects_is_read_where_it_writes_it(
+    structure: type[ctypes.Structure], paths: dict[str, str]
+) -> None:
+    types = KernelTypes()
+    there = {name: types.member(path).offset for name, path in paths.items()}
+    assert {name: members(structure)[name] for name in paths} == there

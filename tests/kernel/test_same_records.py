@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from harness import steps
+from harness import shares, steps
 from harness.actors import Actor, Origin
 from harness.cgroup import Cgroup
 from harness.daemon import RECORD_TABLES, Daemon, drops
@@ -32,6 +32,7 @@ AGREE_SECONDS = patient(10)
 FAST_OPEN = 0x607
 
 Records = dict[str, dict[str, object]]
+TABLES = (*RECORD_TABLES, "reset_in_queue")
 
 
 class Twins:
@@ -49,7 +50,7 @@ class Twins:
         self._tables: dict[str, dict[str, Map]] = {}
         for hook_set, daemon in self.daemons.items():
             maps = daemon.pin_dir / pins.CAPTURE / pins.MAPS
-            self._tables[hook_set] = {name: Map.open(maps / name) for name in RECORD_TABLES}
+            self._tables[hook_set] = {name: Map.open(maps / name) for name in TABLES}
             for table in self._tables[hook_set].values():
                 exit_stack.callback(table.close)
 
@@ -60,23 +61,29 @@ class Twins:
         """
         deadline = time.monotonic() + AGREE_SECONDS
         while True:
-            traced, grouped = (self._records(self._tables[name]) for name in hooks.HOOK_SETS)
+            traced, grouped = map(self._records, hooks.HOOK_SETS)
             if traced == grouped:
                 return traced
             if time.monotonic() > deadline:
                 assert traced == grouped
             os.sched_yield()
 
-    def _records(self, tables: dict[str, Map]) -> Records:
+    def _records(self, hook_set: str) -> Records:
+        charged = shares.charged(self.daemons[hook_set])
         decode: dict[str, Callable[[bytes], object]] = {
             "pending": pending,
             "connections": connection,
             "by_tuple": bytes.hex,
             "by_client": bytes.hex,
+            "reset_in_queue": bytes.hex,
         }
         return {
-            name: {key.hex(): decode[name](value) for key, value in table.items()}
-            for name, table in tables.items()
+            "users": {str(uid): counts for uid, counts in charged.users.items()},
+            "left": {str(pair): count for pair, count in charged.left.items()},
+            **{
+                name: {key.hex(): decode[name](value) for key, value in table.items()}
+                for name, table in self._tables[hook_set].items()
+            },
         }
 
     def sweep(self) -> None:

@@ -15,12 +15,17 @@ from harness import oracle, steps
 from harness.acceptors import acceptor_of, told_acceptor
 from harness.actors import PYTHON, Origin
 from harness.daemon import Daemon
+from harness.requirements import CAPTURE_THE_HOST
 from harness.routes import V4
 from harness.stage import Stage
 from harness.users import ALICE
 
 # The socket of process 1 is in the cgroup of process 1: the whole host has to be captured.
-pytestmark = [pytest.mark.kernel, pytest.mark.systemd, pytest.mark.hook_sets("trace")]
+pytestmark = [
+    pytest.mark.kernel,
+    pytest.mark.systemd,
+    pytest.mark.hook_sets(*CAPTURE_THE_HOST),
+]
 
 UNITS = Path("/run/systemd/system")
 GAMES = pwd.getpwnam("games").pw_uid

@@ -11,6 +11,7 @@ from harness import steps
 from harness.actors import Origin
 from harness.cgroup import Cgroup
 from harness.daemon import Daemon
+from harness.requirements import CAPTURE_THE_HOST
 from harness.routes import V4, V6
 from harness.stage import Stage
 from harness.steps import Route
@@ -67,7 +68,7 @@ def test_connections_made_in_a_cgroup_beside_or_above_are_not_captured(
     assert stage.refusal(client, ends.tcp) == "NEVER_SEEN"
 
 
-@pytest.mark.hook_sets("trace")
+@pytest.mark.hook_sets(*CAPTURE_THE_HOST)
 @pytest.mark.parametrize("route", [V4, V6], ids=str)
 def test_on_the_root_cgroup_connections_of_every_cgroup_and_namespace_are_captured(
     hook_set: str, exit_stack: ExitStack, route: Route

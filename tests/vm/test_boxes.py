@@ -55,7 +55,7 @@ def test_a_mirror_that_does_not_answer_is_named_and_leaves_nothing(lab: Lab) -> 
 
 @pytest.mark.root
 @pytest.mark.usefixtures("needs_mmdebstrap")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_build_that_is_interrupted_leaves_no_process_and_no_half_box(
     lab: Lab, number: signal.Signals
 ) -> None:
@@ -86,7 +86,7 @@ def test_a_build_that_is_killed_leaves_no_process_and_what_the_next_one_removes(
 
 
 @pytest.mark.usefixtures("needs_qemu")
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_box_that_is_interrupted_while_it_is_packed_is_not_left_half(
     lab: Lab, number: signal.Signals
 ) -> None:

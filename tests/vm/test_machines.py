@@ -141,7 +141,7 @@ def test_without_space_for_what_a_machine_writes_none_is_booted(
     assert "may write 2048 there; make room, or let TMPDIR name another folder" in said
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_run_that_is_interrupted_leaves_no_machine(lab: Lab, number: signal.Signals) -> None:
     lab.box(HANGS)
     process = lab.start("vm-test", "debian12", PEERCREDD_VM_ACCELERATOR="tcg")
