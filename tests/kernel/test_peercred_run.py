@@ -23,19 +23,25 @@ pytestmark = [pytest.mark.kernel, pytest.mark.hook_sets("cgroup")]
 
 JOIN = 'echo $$ > "$0/cgroup.procs" && exec "$@"'
 
-# Says its cgroup and what SO_PEERCRED tells of its own connection; then waits, for signals too.
+# Says what SO_PEERCRED tells of its own connection, and then which signals come, until its input
+# ends. By a descriptor: one that comes just before a read() would not end it.
 SERVER = """
-import os, signal, socket, struct, sys, time
+import os, select, signal, socket, struct
+signals, theirs = socket.socketpair()
+theirs.setblocking(False)
+signal.set_wakeup_fd(theirs.fileno())
 for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-    signal.signal(number, lambda number, _: os.write(1, b"signal %d\\n" % number))
+    signal.signal(number, lambda *_: None)
 with socket.create_server(("127.0.0.1", 0)) as listener:
     with socket.create_connection(listener.getsockname()):
         with listener.accept()[0] as accepted:
             answer = accepted.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
 known = struct.unpack("iII", answer) == (os.getpid(), os.geteuid(), os.getegid())
 print(known, flush=True)
-for line in sys.stdin:
-    pass
+while 0 not in (ready := select.select([0, signals], [], [])[0]) or os.read(0, 1):
+    if signals in ready:
+        for number in signals.recv(100):
+            print("signal", number, flush=True)
 """
 
 
