@@ -100,13 +100,19 @@ socket_for_its_group() {
 as_nobody() { setpriv --reuid 65534 --regid 65534 --clear-groups -- "$@"; }
 
 # What is not nobody's is not there; who was refused the journal tells, in a minute, from the server.
+refused_to_nobody() {
+  local cookie
+  cookie=$(peercred list --json | sed -n 's|.*"server_socket_cookie": *\([0-9]*\).*|\1|p' | head -1) &&
+    ! as_nobody peercred lookup --cookie "$cookie"
+}
+
 refusal_in_the_journal() {
-  as_nobody peercred lookup --cookie 1 && return 1
-  for _ in {1..120}; do
+  for _ in {1..60}; do
     journalctl --unit "$unit" --output json "_UID=$(id --user peercredd)" PEERCREDD_REASON=NOT_VISIBLE |
       grep '"PEERCREDD_UID":"65534"' && return
-    sleep 1
+    sleep 2
   done
+  journalctl --unit "$unit" --output json --lines 3
   return 1
 }
 
@@ -152,7 +158,7 @@ kill_main() {
   return 1
 }
 
-export -f clock_set_back main_pid pins programs attached stop_and_start kill_main
+export -f as_nobody refused_to_nobody clock_set_back main_pid pins programs attached stop_and_start kill_main
 
 capture_began() { peercred status | grep '^capture since'; }
 
@@ -184,7 +190,8 @@ see "the server is peercredd's, without a capability, filtered" server_without_p
 see "users' connections are answered for" through sleep 2
 see "its socket is root's, and for the group peercredd" socket_for_its_group
 see "whoever is nobody may ask what is its own" as_nobody peercred whoami
-see "the journal tells, in fields, what nobody was refused" refusal_in_the_journal
+see "whoever is nobody is refused what is not" through bash -c refused_to_nobody
+see "the journal tells that, in fields" refusal_in_the_journal
 see "a clock that is set back changes nothing" through bash -c clock_set_back
 see "SO_PEERCRED is switched on" peercredd so-peercred enable all
 echo '# An administrator was here.' >>/etc/peercredd/peercredd.toml
