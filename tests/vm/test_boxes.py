@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import signal
 import socket
 import subprocess
@@ -27,6 +28,27 @@ def test_without_space_nothing_is_begun(lab: Lab) -> None:
 
     assert "64 MiB free" in said
     assert "PEERCREDD_LAB" in said
+
+
+@pytest.mark.root
+@pytest.mark.usefixtures("needs_qemu")
+def test_without_space_no_box_is_packed(lab: Lab) -> None:
+    lab.box(HANGS)
+    kept = lab.folder.rename(lab.folder.with_name("kept"))
+    lab.folder.mkdir()
+    copying = ("sh", "-c", 'cp -r "$0/." "$1" && shift && exec "$@"', str(kept), str(lab.folder))
+
+    said = lab.refusal("vm-box", "debian12", before=(*on_a_small_disk(lab.folder), *copying))
+
+    assert "MiB free" in said
+    assert "PEERCREDD_LAB" in said
+
+
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="of such a machine's two names")
+def test_on_a_machine_of_another_architecture_one_line_says_what_to_do(lab: Lab) -> None:
+    said = lab.refusal("vm-test", "debian12", before=("setarch", "i686"))
+
+    assert "for x86_64, and this machine is i686; run the lab on another" in said
 
 
 @pytest.mark.usefixtures("needs_qemu")
