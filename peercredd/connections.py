@@ -79,6 +79,8 @@ class _Seen(NamedTuple):
     received: int
     accounted: int
     """How many of these were received when something was last heard over it, or fewer."""
+    heard: bool
+    """Whether something was, since the look before."""
 
 
 class Connections:
@@ -102,8 +104,9 @@ class Connections:
         """Close what a user has beyond MAX_CONNECTIONS_PER_USER, the newest first.
 
         While this process is `short_of_memory`, close those too over which MOST_UNHEARD has come
-        since anything was heard, and nothing lately: until headers end, nothing else can be sent
-        on their connection (RFC 9113, 6.10). To be called again and again; may run in a thread.
+        since anything was heard, and nothing since the look before the last: until headers end,
+        nothing else can be sent on their connection (RFC 9113, 6.10). To be called again and again;
+        may run in a thread.
 
         Returns:
             How many were closed, by reason and user; None for all of whom there is no record.
@@ -115,16 +118,24 @@ class Connections:
         by_user: dict[int | None, list[tuple[int, _Open]]] = {}
         closed: Counter[tuple[Refused, int | None]] = Counter()
         for each in self._open():
-            owner, received, accounted = self._seen.get(each.cookie, _Seen(None, 0, 0))
+            owner, received, accounted, was_heard = self._seen.get(
+                each.cookie, _Seen(None, 0, 0, False)
+            )
+            is_heard = each.peer in heard_from
             owner = owner or self._owner(each.peer)
             uid = owner.uid if owner else None
-            if each.peer in heard_from:
+            if is_heard:
                 # Of what has come since the last look nobody knows whether it was before or after.
                 accounted = received
-            elif short_of_memory and each.received - accounted > MOST_UNHEARD:
+            elif (
+                short_of_memory
+                # Its calls wait while the server is busy with what others send.
+                and not was_heard
+                and each.received - accounted > MOST_UNHEARD
+            ):
                 closed[Refused.TOO_MUCH_SENT, uid] += self._close(each)
                 continue
-            seen[each.cookie] = _Seen(owner, each.received, accounted)
+            seen[each.cookie] = _Seen(owner, each.received, accounted, is_heard)
             if not (owner and owner.sees_all):
                 since = owner.established_time_ns if owner else 0
                 by_user.setdefault(uid, []).append((since, each))

@@ -340,7 +340,7 @@ def test_garbage_in_the_place_of_frames_harms_nobody(
     attacker(hostile.let_go)
     target.wait_until_closed(before)
     for line in target.daemon.log().removeprefix(logged).splitlines():
-        assert json.loads(line)["level"] != "error"
+        assert json.loads(line)["level"] != "error", line
 
 
 def test_headers_that_do_not_end_cost_who_sends_them_the_connections_and_nobody_else(

@@ -79,6 +79,15 @@ class NetworkNamespace:
         for namespace, address in ((self, here), (other, there)):
             namespace.add_address(address, "cable")
             namespace.command("ip", "link", "set", "cable", "up")
+        for namespace in (self, other):
+            namespace.wait_until_up("cable")
+
+    def wait_until_up(self, device: str) -> None:
+        """Wait until a device carries: an IPv6 address that it has before is not routed yet."""
+        deadline = time.monotonic() + WAIT_SECONDS
+        show = ["ip", "-oneline", "link", "show", device]
+        while " state UP " not in self.run(subprocess.check_output, show, text=True):
+            assert time.monotonic() < deadline, f"{device} has no carrier"
 
     def close(self) -> None:
         """Let go of the namespace; the kernel removes it after its last socket and process."""
