@@ -6,7 +6,7 @@ import os
 import re
 import shlex
 import sys
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 import click
@@ -29,7 +29,6 @@ AGAIN = "again"
 """The folder of the second machine's logs, where a first one was lost."""
 TOO_OLD = "none: too old"
 TESTS = ("tests/kernel", "tests/conformance")
-_NONE: Mapping[str, str] = {}
 BCC_VERSION = "/usr/bin/python3 -c 'import bcc; print(bcc.__version__)'"
 
 
@@ -41,14 +40,9 @@ class Guest:
         self.logs = logs
         self._environment: dict[str, str] = {}
 
-    async def run(
-        self, command: str, log: str, settings: Mapping[str, str] = _NONE, *, echo: bool = False
-    ) -> int:
-        """Run a shell command in the project's folder; what it says goes to `log`.
-
-        It has `settings` in its environment.
-        """
-        return await run(*self._over_ssh(command, settings), log=self.logs / log, echo=echo)
+    async def run(self, command: str, log: str, *, echo: bool = False) -> int:
+        """Run a shell command in the project's folder; what it says goes to `log`."""
+        return await run(*self._over_ssh(command), log=self.logs / log, echo=echo)
 
     async def ask(self, command: str) -> list[str]:
         """The lines that a shell command says; raises LabError if it fails."""
@@ -95,10 +89,9 @@ class Guest:
         """The command for a terminal in the project's folder."""
         return [*self.machine.ssh("-t"), f"cd {FOLDER}; PATH={FOLDER}/.venv/bin:$PATH exec bash"]
 
-    def _over_ssh(self, command: str, settings: Mapping[str, str] = _NONE) -> list[str]:
-        environment = {**self._environment, **settings}
-        words = " ".join(shlex.quote(f"{k}={v}") for k, v in environment.items())
-        in_folder = f"cd {FOLDER} && env {words} sh -c {shlex.quote(command)}"
+    def _over_ssh(self, command: str) -> list[str]:
+        settings = " ".join(shlex.quote(f"{k}={v}") for k, v in self._environment.items())
+        in_folder = f"cd {FOLDER} && env {settings} sh -c {shlex.quote(command)}"
         return [*self.machine.ssh(), in_folder]
 
     async def copy(self, log: Path, *arguments: str) -> None:
@@ -212,15 +205,11 @@ async def _run_pytest(
     words += arguments
     if not any(argument.startswith("tests/") for argument in arguments):
         words += TESTS
-    settings = {
-        "PYTHONUNBUFFERED": "1",
-        "PEERCREDD_REQUIRE_KERNEL": "1",
-        "PEERCREDD_OWN_MACHINE": "1",
-        "PEERCREDD_TIMEOUT_FACTOR": str(patience),
-    }
+    settings = ["PYTHONUNBUFFERED=1", "PEERCREDD_REQUIRE_KERNEL=1", "PEERCREDD_OWN_MACHINE=1"]
+    settings += [f"PEERCREDD_TIMEOUT_FACTOR={patience}"]
     if kills := os.environ.get("PEERCREDD_KILLS"):
-        settings["PEERCREDD_KILLS"] = kills
-    status = await guest.run(shlex.join(words), "pytest.log", settings, echo=echo)
+        settings += [f"PEERCREDD_KILLS={kills}"]
+    status = await guest.run(shlex.join(["env", *settings, *words]), "pytest.log", echo=echo)
     report.read(await guest.fetch(JUNIT), outcomes)
     if status and all(outcome.is_ok for outcome in outcomes.values()):
         raise LabError(f"pytest ended with {status}; see {guest.logs / 'pytest.log'}")
