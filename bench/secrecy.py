@@ -9,11 +9,11 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, closing
-from typing import NamedTuple
 
 import grpc
 from google.rpc import code_pb2
 
+from bench.callers import key
 from bench.child import Child, answer, orders
 from bench.crowd import FIRST_UID, Crowd, Question
 from bench.daemon import TCP_ADDRESS, Daemon
@@ -34,23 +34,7 @@ NO_COOKIES = 1 << 63
 """From there on."""
 
 
-class _Key(NamedTuple):
-    """As it is sent to the child."""
-
-    cookie: int
-    local: tuple[str, int]
-    remote: tuple[str, int]
-
-    def request(self, how: str) -> pb.LookupRequest:
-        if how == BY_SOCKET:
-            return pb.LookupRequest(key=pb.ConnectionKey(socket_cookie=self.cookie))
-        local, remote = (
-            pb.Endpoint(address=address, port=port) for address, port in (self.local, self.remote)
-        )
-        return pb.LookupRequest(key=pb.ConnectionKey(local=local, remote=remote))
-
-
-_Keys = Mapping[str, Sequence[_Key]]
+_Asked = Mapping[str, Sequence[Question]]
 _Times = dict[str, list[float]]
 
 
@@ -59,15 +43,15 @@ def measure(effort: Effort, daemon: Daemon) -> list[Section]:
     with ExitStack() as stack:
         crowd = stack.enter_context(Crowd(daemon.cgroup))
         crowd.grow(SOCKETS)
-        keys = {
-            FORBIDDEN: [_Key(each.cookie, each.local, each.remote) for each in crowd.questions],
+        asked = {
+            FORBIDDEN: crowd.questions,
             ABSENT: [_absent(each, number) for number, each in enumerate(crowd.questions)],
         }
         asker = stack.enter_context(Child("bench.secrecy", TCP_ADDRESS, STRANGER))
-        asker.tell(keys)
+        asker.tell(asked)
         rows = []
         for how in (BY_SOCKET, BY_TUPLE):
-            within = _within_the_daemon(daemon, crowd.questions[0], keys, how, effort.secret_calls)
+            within = _within_the_daemon(daemon, crowd.questions[0], asked, how, effort.secret_calls)
             asker.tell((how, effort.secret_calls))
             rows += [
                 _row(f"in the daemon, {how}", within, IN_THE_DAEMON),
@@ -76,12 +60,22 @@ def measure(effort: Effort, daemon: Daemon) -> list[Section]:
     return [Section("Lookup of what is not the caller's", (ABSENT, FORBIDDEN), tuple(rows))]
 
 
-def _absent(question: Question, number: int) -> _Key:
-    return _Key(NO_COOKIES + number, question.local, (question.remote[0], 1 + number))
+def _absent(question: Question, number: int) -> Question:
+    return question._replace(cookie=NO_COOKIES + number, remote=(question.remote[0], 1 + number))
+
+
+def _request(question: Question, how: str) -> pb.LookupRequest:
+    whole = key(question)
+    part = (
+        pb.ConnectionKey(socket_cookie=whole.socket_cookie)
+        if how == BY_SOCKET
+        else pb.ConnectionKey(local=whole.local, remote=whole.remote)
+    )
+    return pb.LookupRequest(key=part)
 
 
 def _within_the_daemon(
-    daemon: Daemon, present: Question, keys: _Keys, how: str, calls: int
+    daemon: Daemon, present: Question, asked: _Asked, how: str, calls: int
 ) -> _Times:
     with closing(Store(daemon.pin_dir)) as store:
         caller = Caller(STRANGER, present.cookie)
@@ -95,18 +89,18 @@ def _within_the_daemon(
                 return bool(error.status.code == code_pb2.NOT_FOUND)
             return False
 
-        return _times(is_refused, keys, how, calls)
+        return _times(is_refused, asked, how, calls)
 
 
 def _times(
-    is_refused: Callable[[pb.LookupRequest], bool], keys: _Keys, how: str, calls: int
+    is_refused: Callable[[pb.LookupRequest], bool], asked: _Asked, how: str, calls: int
 ) -> _Times:
     """How many seconds each answer took, with and without such a connection."""
     order = random.Random(calls)
-    times: _Times = {what: [] for what in keys}
+    times: _Times = {what: [] for what in asked}
     for number in range(calls):
-        for what in order.sample(list(keys), len(keys)):
-            request = keys[what][number % len(keys[what])].request(how)
+        for what in order.sample(list(asked), len(asked)):
+            request = _request(asked[what][number % len(asked[what])], how)
             start = time.perf_counter()
             refused = is_refused(request)
             times[what].append(time.perf_counter() - start)
@@ -125,8 +119,8 @@ def _obey(address: str, uid: int) -> None:
     os.setresgid(uid, uid, uid)
     os.setresuid(uid, uid, uid)
     told = orders()
-    keys = {
-        what: [_Key(cookie, tuple(local), tuple(remote)) for cookie, local, remote in each]
+    asked = {
+        what: [Question(tuple(local), tuple(remote), *rest) for local, remote, *rest in each]
         for what, each in next(told).items()
     }
     with grpc.insecure_channel(address) as channel:
@@ -136,7 +130,7 @@ def _obey(address: str, uid: int) -> None:
             return stub.Lookup.future(request).code() is grpc.StatusCode.NOT_FOUND
 
         for how, calls in told:
-            answer(_times(is_refused, keys, how, calls))
+            answer(_times(is_refused, asked, how, calls))
 
 
 if __name__ == "__main__":
