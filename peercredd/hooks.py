@@ -103,6 +103,11 @@ HOOK_SETS = tuple(PROGRAMS)
 """By preference."""
 
 
+def unused(hook_set: str, why: str) -> dict[str, str]:
+    """Why the hook sets are not in use that are not that one."""
+    return {name: why for name in HOOK_SETS if name != hook_set}
+
+
 def context_macros(types: KernelTypes) -> list[str]:
     """Compiler flags that say where in a program's context each argument and result is.
 

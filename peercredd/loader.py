@@ -166,12 +166,8 @@ def _first_that_works(
             failed[hook_set] = textwrap.shorten(str(error.strerror), capture.REASON_LENGTH)
         else:
             why = "is preferred" if asked == "auto" else "was asked for"
-            others = {
-                name: f"{hook_set} {why} (--hooks {asked})"
-                for name in hooks.HOOK_SETS
-                if name != hook_set
-            }
-            said = {"asked": asked, "hook_set": hook_set, "unused_hook_sets": others | failed}
+            unused = hooks.unused(hook_set, f"{hook_set} {why} (--hooks {asked})") | failed
+            said = {"asked": asked, "hook_set": hook_set, "unused_hook_sets": unused}
             return loaded, staged, said
     reasons = "; ".join(f"{hook_set}: {reason}" for hook_set, reason in failed.items())
     raise KernelError(errno.ENOSYS, f"no hook set works here: {reasons}")

@@ -143,8 +143,7 @@ def _why_that_hook_set(said: Mapping[str, Any], asked: str) -> dict[str, Any]:
             f"the capture that was found running has {hook_set}, and its records are kept; for "
             "another choice run 'peercredd unload' before the next start"
         )
-    others = dict.fromkeys((name for name in hooks.HOOK_SETS if name != hook_set), why)
-    return {"asked": asked, "unused_hook_sets": others}
+    return {"asked": asked, "unused_hook_sets": hooks.unused(hook_set, why)}
 
 
 def _unused_generation(maps: Path) -> int:
