@@ -584,8 +584,12 @@ async def _abort(context: Context, error: Exception) -> NoReturn:
     else:
         log.error("call failed", exc_info=error)
         status = _INTERNAL
-    await context.abort(
-        _CODES[status.code],
-        status.message,
-        (("grpc-status-details-bin", status.SerializeToString()),),
-    )
+    try:
+        await context.abort(
+            _CODES[status.code],
+            status.message,
+            (("grpc-status-details-bin", status.SerializeToString()),),
+        )
+    except grpc.aio.InternalError:
+        # The call was closed at this instant. Left alone, gRPC would log a traceback as an error.
+        raise asyncio.CancelledError from None

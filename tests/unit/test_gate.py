@@ -2,11 +2,12 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import grpc
 import grpc.aio
@@ -122,3 +123,33 @@ def test_of_each_message_of_a_stream_it_is_told_from_whom_it_came(
 
     assert len(list(stub.LookupStream(iter(requests), timeout=CALL_SECONDS))) == 3
     assert heard == ["unix:"] * 3
+
+
+class ClosedCall:
+    """What gRPC gives a handler, of a call that its caller closes before the answer."""
+
+    async def read(self) -> object:
+        return grpc.aio.EOF
+
+    async def abort(self, *_status: object) -> None:
+        raise grpc.aio.InternalError
+
+
+def test_a_call_that_is_closed_while_it_is_refused_ends_as_a_cancelled_one_does() -> None:
+    # Of any other exception gRPC writes a traceback into the log: strangers could fill it.
+    service = PeerCredentialsService(MemoryView())
+    gate = Gate(lambda _context, _lists: service, Places(8), counts_early=True)
+
+    async def messages() -> AsyncIterator[bytes]:
+        yield b"never read"
+
+    async def call() -> None:
+        with closing(MemoryEvents()) as events:
+            handlers = server.handlers(MemoryView(), Hub(MemoryView(), events), gate)
+            details = SimpleNamespace(method=LOOKUP, invocation_metadata=())
+            found = (each.service(cast(grpc.HandlerCallDetails, details)) for each in handlers)
+            handler: Any = next(filter(None, found))
+            await handler.stream_unary(messages(), ClosedCall())
+
+    with pytest.raises(asyncio.CancelledError):
+        asyncio.run(call())
