@@ -62,6 +62,11 @@ class Modest(Child):
         return Taken(*self.hear())
 
 
+def title(callers: int) -> str:
+    """So many callers, in words."""
+    return "1 caller" if callers == 1 else f"{callers} callers"
+
+
 class _Callers:
     def __init__(self, address: str, asked: Callable[[], AbstractContextManager[Question]]) -> None:
         self._address = address

@@ -13,7 +13,7 @@ from bench.child import Child
 from bench.crowd import FIRST_UID, Crowd
 from bench.daemon import Daemon
 from bench.effort import Effort
-from bench.modest import Modest, Taken
+from bench.modest import Modest, Taken, title
 from bench.policed import WITH_POLICY, WITHOUT
 from bench.table import Row, Section, Target, Unit, Verdict
 from bench.timing import percentile
@@ -80,11 +80,9 @@ def _rounds(
 
 
 def _rows(callers: int, rounds: Sequence[dict[str, _Stretch]]) -> list[Row]:
-    who = "1 caller" if callers == 1 else f"{callers} callers"
-
     def row(what: str, unit: Unit, values: Sequence[float], ratio: float, target: bool) -> Row:
         verdict = Verdict(ratio, target=COST if target else None)
-        return Row(f"{who}: {what}", tuple(values), unit, verdict)
+        return Row(f"{title(callers)}: {what}", tuple(values), unit, verdict)
 
     names = (OFF, ALL, OWN)
     stretches = {name: [taken[name] for taken in rounds] for name in names}

@@ -2,29 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
 import psutil
 
-from bench.callers import Caller, callers, stretch
 from bench.crowd import Crowd
 from bench.cycle import compiled
 from bench.daemon import Daemon
 from bench.effort import Effort
+from bench.modest import Modest, Taken, title
 from bench.pace import connecting
 from bench.table import Row, Section, Target, Unit, Verdict
+from bench.timing import percentile
 from bench.watcher import Watchers
 
 EVENTS_PER_SECOND = 10_000
 """Over all watchers. A connection is two events to each: that it is established, and retired."""
 CROWDS = (1, 10)
 """Of watchers."""
-CALLERS = 2
+CALLERS = (1, 8, 64)
+"""At the same time."""
 SOCKETS = 1_000
 LATEST_SECONDS = 15.0
 """Until what is told late counts as lost."""
@@ -34,8 +37,7 @@ NONE = Target(0)
 
 
 class _Stretch(NamedTuple):
-    lookups_per_second: float
-    median_seconds: float
+    taken: Taken
     server_load: float
     """CPU seconds of the server in a second."""
     due: int
@@ -51,7 +53,7 @@ class _Site(NamedTuple):
     program: Path
     server: psutil.Process
     watchers: Watchers
-    callers: list[Caller]
+    callers: Modest
 
 
 def measure(effort: Effort, daemon: Daemon) -> list[Section]:
@@ -65,35 +67,39 @@ def measure(effort: Effort, daemon: Daemon) -> list[Section]:
             stack.enter_context(compiled()),
             psutil.Process(daemon.status().server_pid),
             stack.enter_context(Watchers(daemon.address)),
-            stack.enter_context(callers(CALLERS, daemon.address, gathered.questions)),
+            stack.enter_context(Modest(daemon.address, os.geteuid(), gathered.questions)),
         )
         for watchers in CROWDS:
-            sections += _sections(watchers, _rounds(effort, site, watchers))
+            seen = {callers: _rounds(effort, site, watchers, callers) for callers in CALLERS}
+            sections += _sections(watchers, seen)
     return sections
 
 
-def _rounds(effort: Effort, site: _Site, watchers: int) -> dict[int, list[_Stretch]]:
+def _rounds(effort: Effort, site: _Site, watchers: int, callers: int) -> dict[int, list[_Stretch]]:
     stretches = defaultdict(list)
     for number in range(effort.watch_rounds):
         for each in (0, watchers) if number % 2 else (watchers, 0):
             stretches[each].append(
-                _stretch(site, each, EVENTS_PER_SECOND / 2 / watchers, effort.watch_seconds)
+                _stretch(
+                    site, each, callers, EVENTS_PER_SECOND / 2 / watchers, effort.watch_seconds
+                )
             )
     return stretches
 
 
-def _stretch(site: _Site, watchers: int, per_second: float, seconds: float) -> _Stretch:
+def _stretch(
+    site: _Site, watchers: int, callers: int, per_second: float, seconds: float
+) -> _Stretch:
     site.watchers.watch(watchers)
     with connecting(site.program, site.daemon.cgroup, per_second) as pace:
         before = site.server.cpu_times()
-        seen = stretch(site.callers, "lookup", seconds)
+        taken = site.callers.ask("live", callers, seconds)
         after = site.server.cpu_times()
     due = 2 * pace.connections * watchers
     told, missed = site.watchers.until(due, LATEST_SECONDS)
     site.watchers.end()
     return _Stretch(
-        seen.calls_per_second,
-        seen.median_seconds,
+        taken,
         (after.user + after.system - before.user - before.system) / seconds,
         due,
         told,
@@ -102,29 +108,38 @@ def _stretch(site: _Site, watchers: int, per_second: float, seconds: float) -> _
     )
 
 
-def _sections(watchers: int, stretches: dict[int, list[_Stretch]]) -> list[Section]:
-    alone, watched = stretches[0], stretches[watchers]
-    pairs = list(zip(alone, watched, strict=True))
-
-    def row(name: str, field: str, unit: Unit) -> Row:
-        values = [[getattr(each, field) for each in side] for side in (alone, watched)]
-        ratio = statistics.median(getattr(b, field) / getattr(a, field) for a, b in pairs)
-        return Row(name, tuple(map(statistics.median, values)), unit, Verdict(ratio))
-
+def _sections(watchers: int, seen: dict[int, dict[int, list[_Stretch]]]) -> list[Section]:
     who = "1 watcher" if watchers == 1 else f"{watchers} watchers"
     each_second = EVENTS_PER_SECOND // 2 // watchers
+    rows = [
+        row
+        for callers, stretches in seen.items()
+        for row in _rows(callers, stretches[0], stretches[watchers])
+    ]
+    watched = [each for stretches in seen.values() for each in stretches[watchers]]
     return [
         Section(
             f"{each_second:,} connections a second, {who}",
             ("nobody watches", "watched"),
-            (
-                row(f"Lookup, {CALLERS} callers", "lookups_per_second", Unit.PER_SECOND),
-                row("Lookup, median", "median_seconds", Unit.SECONDS),
-                row("server's CPU in a second", "server_load", Unit.SECONDS),
-            ),
+            tuple(rows),
         ),
         Section(f"Told to {who}, or lost silently", ("due", "told", "said missed"), _told(watched)),
     ]
+
+
+def _rows(callers: int, alone: Sequence[_Stretch], watched: Sequence[_Stretch]) -> Iterator[Row]:
+    figures: dict[str, tuple[Unit, Callable[[_Stretch], float]]] = {
+        "Lookup": (Unit.PER_SECOND, lambda each: each.taken.per_second),
+        "Lookup, median": (Unit.SECONDS, lambda each: statistics.median(each.taken.times)),
+        "Lookup, p99": (Unit.SECONDS, lambda each: percentile(99, each.taken.times)),
+        "server's CPU in a second": (Unit.SECONDS, lambda each: each.server_load),
+    }
+    for what, (unit, figure) in figures.items():
+        values = [[figure(each) for each in side] for side in (alone, watched)]
+        # Of each pair, not of the medians: what else the host does touches both alike.
+        ratio = statistics.median(b / a for a, b in zip(*values, strict=True))
+        medians = tuple(map(statistics.median, values))
+        yield Row(f"{title(callers)}: {what}", medians, unit, Verdict(ratio))
 
 
 def _told(watched: Sequence[_Stretch]) -> tuple[Row, ...]:
