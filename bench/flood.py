@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import statistics
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from bench.daemon import TCP_ADDRESS, Daemon
 from bench.effort import Effort
 from bench.flooder import Flooder
-from bench.modest import Modest, Taken, title
+from bench.modest import RIGHT_OR_NOT, Modest, Taken, answers, title
 from bench.table import Row, Section, Target, Unit, Verdict
 from bench.timing import percentile
 from peercred.v1 import peer_credentials_pb2 as pb
@@ -53,7 +53,11 @@ def measure(effort: Effort, daemon: Daemon) -> list[Section]:
     stretches = {name: [each for by in seen.values() for each in by[name]] for name in BESIDE}
     return [
         Section("Lookups of new connections", tuple(BESIDE), tuple(rows)),
-        Section("Answers", ("right", "wrong", "none"), tuple(_answers(stretches))),
+        Section(
+            "Answers",
+            RIGHT_OR_NOT,
+            tuple(answers(name, [each.taken for each in stretches[name]]) for name in BESIDE),
+        ),
         _the_flood(share, stretches[FLOOD]),
     ]
 
@@ -109,18 +113,6 @@ def _rows(callers: int, stretches: dict[str, list[_Stretch]]) -> tuple[Row, ...]
         row("median", Unit.SECONDS, lambda taken: statistics.median(taken.times)),
         row("p99", Unit.SECONDS, lambda taken: percentile(99, taken.times)),
     )
-
-
-def _answers(stretches: dict[str, list[_Stretch]]) -> Iterator[Row]:
-    for name in BESIDE:
-        taken = [each.taken for each in stretches[name]]
-        right = sum(len(each.times) for each in taken)
-        wrong, failed = (sum(getattr(each, field) for each in taken) for field in _NOT_RIGHT)
-        verdict = Verdict(wrong + failed, Unit.COUNT, NONE)
-        yield Row(name, (right, wrong, failed), Unit.COUNT, verdict)
-
-
-_NOT_RIGHT = ("wrong", "failed")
 
 
 def _the_flood(share: int, flooded: Sequence[_Stretch]) -> Section:

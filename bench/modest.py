@@ -22,6 +22,7 @@ import grpc.aio
 from bench.callers import key
 from bench.child import Child, answer, orders
 from bench.crowd import Question, question
+from bench.table import Row, Target, Unit, Verdict
 from peercred.v1 import peer_credentials_pb2 as pb
 from peercred.v1 import peer_credentials_pb2_grpc as pb_grpc
 
@@ -65,6 +66,18 @@ class Modest(Child):
 def title(callers: int) -> str:
     """So many callers, in words."""
     return "1 caller" if callers == 1 else f"{callers} callers"
+
+
+RIGHT_OR_NOT = ("right", "wrong", "none")
+"""The columns of `answers`."""
+
+
+def answers(name: str, taken: Sequence[Taken]) -> Row:
+    """How many answers were right; the others are what must not be."""
+    right = sum(len(each.times) for each in taken)
+    wrong, failed = sum(each.wrong for each in taken), sum(each.failed for each in taken)
+    verdict = Verdict(wrong + failed, Unit.COUNT, Target(0))
+    return Row(name, (right, wrong, failed), Unit.COUNT, verdict)
 
 
 class _Callers:

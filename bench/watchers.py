@@ -16,7 +16,7 @@ from bench.crowd import Crowd
 from bench.cycle import compiled
 from bench.daemon import Daemon
 from bench.effort import Effort
-from bench.modest import Modest, Taken, title
+from bench.modest import RIGHT_OR_NOT, Modest, Taken, answers, title
 from bench.pace import connecting
 from bench.table import Row, Section, Target, Unit, Verdict
 from bench.timing import percentile
@@ -116,12 +116,23 @@ def _sections(watchers: int, seen: dict[int, dict[int, list[_Stretch]]]) -> list
         for callers, stretches in seen.items()
         for row in _rows(callers, stretches[0], stretches[watchers])
     ]
-    watched = [each for stretches in seen.values() for each in stretches[watchers]]
+    alone, watched = (
+        [each for stretches in seen.values() for each in stretches[number]]
+        for number in (0, watchers)
+    )
     return [
         Section(
             f"{each_second:,} connections a second, {who}",
             ("nobody watches", "watched"),
             tuple(rows),
+        ),
+        Section(
+            "Answers",
+            RIGHT_OR_NOT,
+            (
+                answers("nobody watches", [each.taken for each in alone]),
+                answers("watched", [each.taken for each in watched]),
+            ),
         ),
         Section(f"Told to {who}, or lost silently", ("due", "told", "said missed"), _told(watched)),
     ]
