@@ -153,7 +153,13 @@ async def _shell(boxed: box.Box, logs: Path) -> None:
     async with running(boxed, await accelerator(boxed), _cpus(1), logs) as machine:
         guest = suite.Guest(machine, logs)
         await guest.install()
-        await guest.ask("systemd-run --quiet --unit=peercredd $PWD/.venv/bin/peercredd")
+        # Of this type it is waited for: emulated, it compiles for long. If it fails, there is a shell.
+        start = (
+            "systemd-run --quiet --unit=peercredd --property=Type=notify "
+            "--property=TimeoutStartSec=5min $PWD/.venv/bin/peercredd"
+        )
+        for line in await guest.ask(f"{start} || echo 'no daemon: see journalctl -u peercredd'"):
+            click.echo(line, err=True)
         terminal = await asyncio.create_subprocess_exec(*guest.shell())
         await terminal.wait()
 
