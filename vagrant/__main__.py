@@ -153,7 +153,7 @@ async def _shell(boxed: box.Box, logs: Path) -> None:
     async with running(boxed, await accelerator(boxed), _cpus(1), logs) as machine:
         guest = suite.Guest(machine, logs)
         await guest.install()
-        # Of this type it is waited for: emulated, it compiles for long. If it fails, there is a shell.
+        # Of this type it is waited for: emulated, it compiles for long. There is a shell anyway.
         start = (
             "systemd-run --quiet --unit=peercredd --property=Type=notify "
             "--property=TimeoutStartSec=5min $PWD/.venv/bin/peercredd"
@@ -223,11 +223,24 @@ def _wait_for(work: Coroutine[Any, Any, T]) -> T:
     """Run `work`; a signal that ends this process lets it clean up first."""
 
     async def cancelled_by_signals() -> T:
-        task = asyncio.current_task()
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
         assert task
+
+        def cancel(_number: int, _frame: object) -> None:
+            # A second one, as comes when ./dev is killed as well, would end the cleaning up.
+            for each in _ENDING:
+                signal.signal(each, signal.SIG_IGN)
+            loop.call_soon_threadsafe(task.cancel)
+
+        # Not by the loop: when it is closed, signals of which it knew are deadly.
         for number in _ENDING:
-            asyncio.get_running_loop().add_signal_handler(number, task.cancel)
-        return await work
+            signal.signal(number, cancel)
+        try:
+            return await work
+        finally:
+            for number in _ENDING:
+                if signal.getsignal(number) is cancel:
+                    signal.signal(number, _unwind)
 
     return asyncio.run(cancelled_by_signals())
 

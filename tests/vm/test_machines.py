@@ -156,6 +156,25 @@ def test_a_run_that_is_interrupted_leaves_no_machine(lab: Lab, number: signal.Si
     assert process.wait(patient(30)) != 0
 
 
+def test_a_shell_that_is_ended_by_many_signals_leaves_nothing(lab: Lab, tmp_path: Path) -> None:
+    lab.box(HANGS)
+    folder = tmp_path / "temporary"
+    folder.mkdir()
+    process = lab.start("vm-shell", "debian12", PEERCREDD_VM_ACCELERATOR="tcg", TMPDIR=str(folder))
+    qemu = wait_for_qemu(process)
+    assert list(folder.iterdir())
+
+    while process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+
+    ended = select.poll()
+    ended.register(qemu, select.POLLIN)
+    assert ended.poll(patient(30) * 1000)
+    os.close(qemu)
+    assert list(folder.iterdir()) == []
+    assert process.returncode == 128 + signal.SIGTERM
+
+
 def wait_for_qemu(lab: subprocess.Popen[str]) -> int:
     """Wait until the lab's child has become QEMU; returns a pidfd of it."""
     while lab.poll() is None:
